@@ -1,0 +1,102 @@
+// urm_kernels._cpu: addresses, sizes and strides in, nothing of torch. The GIL is released while kernels run.
+#include <pybind11/pybind11.h>
+
+#include <chrono>
+#include <stdexcept>
+#include <string>
+
+#include "../cpu/candidates.h"
+#include "../cpu/ceilings.h"
+#include "../cpu/scan.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+const urm::Kernels& kernels_named(const std::string& isa) {
+  const urm::Kernels* kernels = urm::find_kernels(isa.c_str());
+  if (!kernels) throw std::invalid_argument("instruction set '" + isa + "' is not usable on this machine");
+  return *kernels;
+}
+
+py::list instruction_sets() {
+  int count;
+  const urm::Kernels* const* tables = urm::usable_kernels(&count);
+  py::list names;
+  for (int i = 0; i < count; ++i) names.append(tables[i]->name);
+  return names;
+}
+
+using Matrix = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, int64_t>;  // address, dtype, sizes, strides
+
+urm::MatrixView view(const Matrix& m) {
+  return {at<void>(std::get<0>(m)), static_cast<urm::DType>(std::get<1>(m)), std::get<2>(m), std::get<3>(m),
+          std::get<4>(m), std::get<5>(m)};
+}
+
+using Queries = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;  // address, exists, users, queries, r
+
+urm::QueriesView view(const Queries& q) {
+  return {at<float>(std::get<0>(q)), at<uint8_t>(std::get<1>(q)), std::get<2>(q), std::get<3>(q), std::get<4>(q)};
+}
+
+using FilterSpec = std::tuple<int, uintptr_t, int64_t, int64_t, uintptr_t, int64_t>;  // as struct Filter
+
+void score_topk(const Queries& queries, const Matrix& items, const Matrix& bias, int reduce, const FilterSpec& filter,
+                int64_t k, bool sorted, int threads, const std::string& isa, uintptr_t scores, uintptr_t ids) {
+  urm::ScanRequest request;
+  request.queries = view(queries);
+  request.items = view(items);
+  request.bias = view(bias);
+  request.reduce = static_cast<urm::Reduce>(reduce);
+  request.filter = {static_cast<urm::MaskKind>(std::get<0>(filter)), at<uint8_t>(std::get<1>(filter)),
+                    std::get<2>(filter), std::get<3>(filter), at<int64_t>(std::get<4>(filter)), std::get<5>(filter)};
+  request.k = k;
+  request.sorted = sorted;
+  request.threads = threads;
+  request.kernels = &kernels_named(isa);
+  request.scores = at<float>(scores);
+  request.ids = at<int64_t>(ids);
+
+  using Clock = std::chrono::steady_clock;
+  auto asked = Clock::now();
+  bool signalled = false;
+  request.interrupted = [&] {
+    if (Clock::now() - asked < std::chrono::milliseconds(50)) return false;
+    asked = Clock::now();
+    const py::gil_scoped_acquire gil;
+    return signalled = PyErr_CheckSignals() != 0;
+  };
+  {
+    const py::gil_scoped_release released;
+    urm::scan_topk(request);
+  }
+  if (signalled) throw py::error_already_set();
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels of urm_kernels; use the package, not this module.";
+  m.def("instruction_sets", &instruction_sets, "Usable instruction sets, best first.");
+  m.def("score_topk", &score_topk);
+  m.def("candidate_dots", [](const Queries& queries, const Matrix& items, uintptr_t candidates, int64_t count,
+                             int threads, const std::string& isa, uintptr_t out) {
+    const urm::Kernels& kernels = kernels_named(isa);
+    const py::gil_scoped_release released;
+    urm::candidate_dots(view(queries), view(items), at<int64_t>(candidates), count, threads, kernels, at<float>(out));
+  });
+  m.def("read_bandwidth", [](uintptr_t data, int64_t count, int threads, const std::string& isa) {
+    const py::gil_scoped_release released;
+    return urm::read_bandwidth(at<float>(data), count, threads, kernels_named(isa));
+  });
+  m.def("fma_rate", [](int64_t steps, int threads, const std::string& isa) {
+    const py::gil_scoped_release released;
+    return urm::fma_rate(steps, threads, kernels_named(isa));
+  });
+}

@@ -1,0 +1,50 @@
+#include "ceilings.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+
+#include "thread_pool.h"
+
+namespace urm {
+namespace {
+
+template <class Body>
+double seconds(Body body) {
+  const auto begin = std::chrono::steady_clock::now();
+  body();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+std::atomic<float> sink;  // keeps the measured loops from being optimised away
+
+}  // namespace
+
+double read_bandwidth(const float* data, int64_t count, int threads, const Kernels& kernels) {
+  constexpr int64_t kChunk = 1 << 16;
+  std::atomic<int64_t> next{0};
+  const double elapsed = seconds([&] {
+    run_parallel(threads, [&](int) {
+      float total = 0;
+      for (int64_t begin; (begin = next.fetch_add(kChunk)) < count;)
+        total += kernels.read_loop(data + begin, std::min(kChunk, count - begin));
+      sink.store(total);
+    });
+  });
+  return static_cast<double>(count) * sizeof(float) / elapsed;
+}
+
+double fma_rate(int64_t steps, int threads, const Kernels& kernels) {
+  constexpr int64_t kPiece = 4096;
+  std::atomic<int64_t> next{0};
+  const double elapsed = seconds([&] {
+    run_parallel(threads, [&](int) {
+      float total = 0;
+      while (next.fetch_add(1) < steps / kPiece) total += kernels.fma_loop(kPiece);
+      sink.store(total);
+    });
+  });
+  return static_cast<double>(steps / kPiece * kPiece) * kernels.fma_loop_operations / elapsed;
+}
+
+}  // namespace urm

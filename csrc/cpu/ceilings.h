@@ -1,0 +1,16 @@
+// What this machine can do at best, measured by loops of the same kernels: the floor beside every timing.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace urm {
+
+// Bytes a second of one read of `count` floats, split over `threads`.
+double read_bandwidth(const float* data, int64_t count, int threads, const Kernels& kernels);
+
+// fp32 operations a second (a multiply-add counts two) of independent register chains on `threads`.
+double fma_rate(int64_t steps, int threads, const Kernels& kernels);
+
+}  // namespace urm

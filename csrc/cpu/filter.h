@@ -1,0 +1,32 @@
+// Which rows a user may be given: a mask (bytes or bits, shared or one a user) and a sorted list of exclusions.
+// Asked only about survivors of the scan.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace urm {
+
+enum class MaskKind : int { kNone = 0, kBytes = 1, kBits = 2 };
+
+struct Filter {
+  MaskKind kind = MaskKind::kNone;
+  const uint8_t* mask = nullptr;
+  int64_t mask_user_stride = 0;
+  int64_t mask_row_stride = 1;  // bytes only; bits are packed, lowest first
+  const int64_t* exclude = nullptr;  // [users, exclude_count], each ascending
+  int64_t exclude_count = 0;
+
+  bool allows(int64_t user, int64_t row) const {
+    if (kind == MaskKind::kBytes) {
+      if (!mask[user * mask_user_stride + row * mask_row_stride]) return false;
+    } else if (kind == MaskKind::kBits) {
+      if (!((mask[user * mask_user_stride + (row >> 3)] >> (row & 7)) & 1)) return false;
+    }
+    if (!exclude_count) return true;
+    const int64_t* first = exclude + user * exclude_count;
+    return !std::binary_search(first, first + exclude_count, row);
+  }
+};
+
+}  // namespace urm

@@ -1,0 +1,67 @@
+// Which instruction sets this machine can run, and the query packing they share.
+#include "kernels.h"
+
+#include <cstring>
+
+namespace urm {
+
+extern const Kernels kPortableKernels;
+#if defined(URM_X86)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+namespace {
+
+struct UsableKernels {
+  const Kernels* table[3];
+  int count = 0;
+
+  UsableKernels() {
+#if defined(URM_X86)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      table[count++] = &kAvx512Kernels;
+    if (avx2) table[count++] = &kAvx2Kernels;
+#endif
+    table[count++] = &kPortableKernels;
+  }
+};
+
+const UsableKernels& usable() {
+  static const UsableKernels kernels;
+  return kernels;
+}
+
+int group_width(int64_t left) { return left > 4 ? kQueryGroup : left > 2 ? 4 : static_cast<int>(left); }
+
+}  // namespace
+
+const Kernels* const* usable_kernels(int* count) {
+  *count = usable().count;
+  return usable().table;
+}
+
+const Kernels* find_kernels(const char* name) {
+  if (!*name) return usable().table[0];
+  for (int i = 0; i < usable().count; ++i)
+    if (!std::strcmp(usable().table[i]->name, name)) return usable().table[i];
+  return nullptr;
+}
+
+int64_t query_panel_floats(int64_t count, int64_t padded) { return round_up(count, kQueryGroup) * padded; }
+
+void pack_query_panel(const float* queries, int64_t count, int64_t padded, float* out) {
+  const int64_t steps = padded / kLanes;
+  for (int64_t first = 0; first < count; first += kQueryGroup) {
+    const int width = group_width(count - first);
+    for (int p = 0; p < kLanes; ++p)
+      for (int64_t t = 0; t < steps; ++t)
+        for (int j = 0; j < width; ++j)
+          *out++ = first + j < count ? queries[(first + j) * padded + t * kLanes + kTreeOrder[p]] : 0.0f;
+  }
+}
+
+}  // namespace urm

@@ -1,0 +1,74 @@
+// The table of innermost loops, one filled in per instruction set (kernels_*.cc) from the same template.
+//
+// A *tile* is kLanes rows. Small numbers of queries read rows as they lie (dots_of_rows); many queries read a *panel*:
+// panel_rows rows transposed so that a register holds one element of 16 rows, in the order in which the canonical tree
+// consumes its sums. Both end in the same bits.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/canonical_dot.h"
+#include "views.h"
+
+namespace urm {
+
+// Cache lines that will be needed soon: fetched a few at a time between the arithmetic, so that neither waits.
+struct Ahead {
+  const char* address;
+  int64_t lines;
+};
+
+constexpr int kQueryGroup = 8;      // queries a packed query panel interleaves
+constexpr int kMaxPanelRows = 32;
+
+struct Kernels {
+  const char* name;
+  int panel_rows;
+
+  // Widens `count` rows from `row` on to fp32, [16, padded] row-major, zero past `count` and past the end of a row.
+  void (*stage)(const MatrixView& items, int64_t row, int64_t count, int64_t padded, float* out);
+
+  // Widens the first row of `row` to `padded` floats.
+  void (*widen)(const MatrixView& row, int64_t padded, float* out);
+
+  // Widens the given rows (-1: a zero row) likewise.
+  void (*gather)(const MatrixView& items, const int64_t* rows, int64_t count, int64_t padded, float* out);
+
+  // 16 rows of `padded` floats, `stride` apart, into columns [column, column + 16) of a panel.
+  void (*transpose)(const float* rows, int64_t stride, int64_t padded, int column, float* panel);
+
+  // out[q * 16 + i] = canonical dot of row i and query q; queries [count, padded].
+  void (*dots_of_rows)(const float* rows, int64_t stride, const float* queries, int64_t count, int64_t padded,
+                       Ahead ahead, float* out);
+
+  // out[q * panel_rows + i] likewise, for a panel and queries packed by pack_query_panel.
+  void (*dots_of_panel)(const float* panel, const float* query_panel, int64_t count, int64_t padded, Ahead ahead,
+                        float* out);
+
+  // Scores of 16 rows from a user's `count` dots of each (`stride` apart), plus bias (16 floats or null). Returns the
+  // set of lanes whose score is not NaN and not below `threshold`; `scores` holds theirs. prune_log_sum_exp compares
+  // an upper bound first and computes exponentials only for lanes that may still win.
+  uint32_t (*prune_max)(const float* dots, int64_t stride, int64_t count, const float* bias, float threshold,
+                        float* scores);
+  uint32_t (*prune_log_sum_exp)(const float* dots, int64_t stride, int64_t count, const float* bias, float threshold,
+                                float* scores);
+
+  // Measured ceilings: sum of a buffer (count floats), and `steps` rounds of independent multiply-adds.
+  float (*read_loop)(const float* data, int64_t count);
+  float (*fma_loop)(int64_t steps);
+  int64_t fma_loop_operations;  // floating-point operations of one step
+};
+
+// The usable tables, best first. find_kernels returns null for an unknown or unsupported name; "" is the best.
+const Kernels* const* usable_kernels(int* count);
+const Kernels* find_kernels(const char* name);
+
+// Queries [count, padded] into groups of kQueryGroup: [group][tree order of the 16 sums][step][query in group].
+// The last group is as wide as what is left over, rounded up to a power of two, zeros in the gap.
+void pack_query_panel(const float* queries, int64_t count, int64_t padded, float* out);
+int64_t query_panel_floats(int64_t count, int64_t padded);
+
+// Position p of the tree order holds sum bit_reverse(p): 0, 8, 4, 12, ...; neighbours are then added first.
+constexpr int kTreeOrder[kLanes] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
+
+}  // namespace urm

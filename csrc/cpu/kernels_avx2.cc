@@ -1,0 +1,125 @@
+// AVX2, FMA and F16C: two registers hold the 16 running sums of a canonical dot.
+#include <immintrin.h>
+
+#include "../common/canonical_dot.h"
+#include "../common/log_sum_exp.h"
+#include "kernels.h"
+
+namespace urm {
+namespace {
+
+struct Vector {
+  static constexpr int kPanelBlocks = 1;
+  static constexpr int kRowsAtOnce = 4;
+  static constexpr int kQueriesAtOnce = 4;
+
+  __m256 low, high;
+
+  static Vector zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static Vector load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static Vector broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static Vector fma(Vector x, Vector y, Vector z) {
+    return {_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)};
+  }
+  static Vector add(Vector x, Vector y) { return {_mm256_add_ps(x.low, y.low), _mm256_add_ps(x.high, y.high)}; }
+  static Vector max(Vector x, Vector y) { return {_mm256_max_ps(x.low, y.low), _mm256_max_ps(x.high, y.high)}; }
+  static Vector abs(Vector x) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, x.low), _mm256_andnot_ps(sign, x.high)};
+  }
+  static uint32_t mask(__m256 low, __m256 high) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(low)) | static_cast<uint32_t>(_mm256_movemask_ps(high)) << 8;
+  }
+  static uint32_t unordered(Vector x) {
+    return mask(_mm256_cmp_ps(x.low, x.low, _CMP_UNORD_Q), _mm256_cmp_ps(x.high, x.high, _CMP_UNORD_Q));
+  }
+  static uint32_t less(Vector x, Vector y) {
+    return mask(_mm256_cmp_ps(x.low, y.low, _CMP_LT_OQ), _mm256_cmp_ps(x.high, y.high, _CMP_LT_OQ));
+  }
+  void store(float* p) const {
+    _mm256_storeu_ps(p, low);
+    _mm256_storeu_ps(p + 8, high);
+  }
+
+  static __m256 widen_eight(const char* from, DType dtype) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    if (dtype == DType::kFloat16) return _mm256_cvtph_ps(half);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+
+  static Vector widen(const char* row, DType dtype, int64_t e) {
+    if (dtype == DType::kFloat32) return load(reinterpret_cast<const float*>(row) + e);
+    return {widen_eight(row + 2 * e, dtype), widen_eight(row + 2 * e + 16, dtype)};
+  }
+
+  static float widen_one(const char* row, DType dtype, int64_t e) {
+    if (dtype == DType::kFloat32) return reinterpret_cast<const float*>(row)[e];
+    const uint16_t half = reinterpret_cast<const uint16_t*>(row)[e];
+    if (dtype == DType::kFloat16) return _cvtsh_ss(half);
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(half << 16)));
+  }
+
+  // Canonical trees of eight vectors into one register, in order.
+  static __m256 tree_of_eight(const Vector* sum) {
+    __m256 eight[8], four[4], two[2];
+#pragma GCC unroll 8
+    for (int n = 0; n < 8; ++n) eight[n] = _mm256_add_ps(sum[n].low, sum[n].high);
+    // Rows n and n + 4 share a register from here on, one to a 128-bit half.
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n)
+      four[n] = _mm256_add_ps(_mm256_permute2f128_ps(eight[n], eight[n + 4], 0x20),
+                              _mm256_permute2f128_ps(eight[n], eight[n + 4], 0x31));
+#pragma GCC unroll 2
+    for (int n = 0; n < 2; ++n)
+      two[n] = _mm256_add_ps(_mm256_shuffle_ps(four[n], four[n + 2], 0x44), _mm256_shuffle_ps(four[n], four[n + 2], 0xEE));
+    // two[n] holds rows n, n, n + 2, n + 2 (and four more).
+    const __m256 even = _mm256_shuffle_ps(two[0], two[1], 0x88), odd = _mm256_shuffle_ps(two[0], two[1], 0xDD);
+    return _mm256_permute_ps(_mm256_add_ps(even, odd), 0xD8);
+  }
+
+  static Vector tree(const Vector* sum) { return {tree_of_eight(sum), tree_of_eight(sum + 8)}; }
+
+  static void transpose_eight(__m256* row) {
+    __m256 a[8], b[8];
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) {
+      a[2 * n] = _mm256_unpacklo_ps(row[2 * n], row[2 * n + 1]);
+      a[2 * n + 1] = _mm256_unpackhi_ps(row[2 * n], row[2 * n + 1]);
+    }
+#pragma GCC unroll 2
+    for (int n = 0; n < 2; ++n) {
+      b[4 * n] = _mm256_shuffle_ps(a[4 * n], a[4 * n + 2], 0x44);
+      b[4 * n + 1] = _mm256_shuffle_ps(a[4 * n], a[4 * n + 2], 0xEE);
+      b[4 * n + 2] = _mm256_shuffle_ps(a[4 * n + 1], a[4 * n + 3], 0x44);
+      b[4 * n + 3] = _mm256_shuffle_ps(a[4 * n + 1], a[4 * n + 3], 0xEE);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      row[c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
+      row[4 + c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
+    }
+  }
+
+  static void transpose(Vector* row) {
+    __m256 quarter[4][8];
+    for (int i = 0; i < 8; ++i) {
+      quarter[0][i] = row[i].low;
+      quarter[1][i] = row[i].high;
+      quarter[2][i] = row[i + 8].low;
+      quarter[3][i] = row[i + 8].high;
+    }
+    for (auto& q : quarter) transpose_eight(q);
+    for (int i = 0; i < 8; ++i) {
+      row[i] = {quarter[0][i], quarter[2][i]};
+      row[i + 8] = {quarter[1][i], quarter[3][i]};
+    }
+  }
+};
+
+#include "kernels_template.h"
+
+}  // namespace
+
+extern const Kernels kAvx2Kernels = KernelsOf<Vector>::table("avx2");
+
+}  // namespace urm

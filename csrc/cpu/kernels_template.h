@@ -1,0 +1,257 @@
+// The innermost loops, written once over a vector type V of 16 floats that each instruction set provides.
+// Included by kernels_*.cc only, inside an anonymous namespace: nothing here may be an inline symbol that the linker
+// could share between files compiled for different instruction sets, so no standard-library templates either.
+#pragma once
+
+template <class V>
+struct KernelsOf {
+  static constexpr int kPanelRows = V::kPanelBlocks * kLanes;
+
+  static void widen_row(const MatrixView& items, const char* row, float* out) {
+    const int64_t r = items.columns;
+    if (items.column_stride == 1) {
+      int64_t e = 0;
+      for (; e + kLanes <= r; e += kLanes) V::widen(row, items.dtype, e).store(out + e);
+      for (; e < r; ++e) out[e] = V::widen_one(row, items.dtype, e);
+    } else {
+      for (int64_t e = 0; e < r; ++e) out[e] = V::widen_one(row, items.dtype, e * items.column_stride);
+    }
+  }
+
+  static void zero(float* out, int64_t from, int64_t to) {
+    for (int64_t e = from; e < to; ++e) out[e] = 0.0f;
+  }
+
+  static void stage(const MatrixView& items, int64_t row, int64_t count, int64_t padded, float* out) {
+    for (int64_t i = 0; i < count; ++i) {
+      widen_row(items, row_address(items, row + i), out + i * padded);
+      zero(out + i * padded, items.columns, padded);
+    }
+    zero(out, count * padded, kLanes * padded);
+  }
+
+  static void widen(const MatrixView& row, int64_t padded, float* out) {
+    widen_row(row, row_address(row, 0), out);
+    zero(out, row.columns, padded);
+  }
+
+  static void gather(const MatrixView& items, const int64_t* rows, int64_t count, int64_t padded, float* out) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (rows[i] >= 0) widen_row(items, row_address(items, rows[i]), out + i * padded);
+      zero(out + i * padded, rows[i] >= 0 ? items.columns : 0, padded);
+    }
+    zero(out, count * padded, kLanes * padded);
+  }
+
+  static constexpr int64_t kCacheLine = 64;
+
+  // The share of `ahead` that falls to step `step` of `steps`.
+  static void fetch(Ahead ahead, int64_t step, int64_t steps) {
+    const int64_t end = ahead.lines * (step + 1) / steps;
+    for (int64_t line = ahead.lines * step / steps; line < end; ++line)
+      __builtin_prefetch(ahead.address + line * kCacheLine);
+  }
+
+  static void transpose(const float* rows, int64_t stride, int64_t padded, int column, float* panel) {
+    const int64_t steps = padded / kLanes;
+    for (int64_t t = 0; t < steps; ++t) {
+      V lane[kLanes];
+      for (int i = 0; i < kLanes; ++i) lane[i] = V::load(rows + i * stride + t * kLanes);
+      V::transpose(lane);
+      for (int p = 0; p < kLanes; ++p) lane[kTreeOrder[p]].store(panel + (p * steps + t) * kPanelRows + column);
+    }
+  }
+
+  // `Padded` and `stride` known to the compiler (0: not) turn 16 row pointers into one and an immediate offset.
+  template <int Padded>
+  static void dots_of_rows_sized(const float* rows, int64_t stride, const float* queries, int64_t count,
+                                 int64_t padded, Ahead ahead, float* out) {
+    if (Padded) stride = padded = Padded;
+    for (int64_t q = 0; q < count; ++q, queries += padded, out += kLanes) {
+      fetch(ahead, q, count);
+      V sums[kLanes];
+#pragma GCC unroll 16
+      for (int first = 0; first < kLanes; first += V::kRowsAtOnce) {
+        V acc[V::kRowsAtOnce];
+#pragma GCC unroll 16
+        for (int i = 0; i < V::kRowsAtOnce; ++i) acc[i] = V::zero();
+#pragma GCC unroll 8
+        for (int64_t e = 0; e < padded; e += kLanes) {
+          const V y = V::load(queries + e);
+#pragma GCC unroll 16
+          for (int i = 0; i < V::kRowsAtOnce; ++i) acc[i] = V::fma(V::load(rows + (first + i) * stride + e), y, acc[i]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < V::kRowsAtOnce; ++i) sums[first + i] = acc[i];
+      }
+      V::tree(sums).store(out);
+    }
+  }
+
+  static void dots_of_rows(const float* rows, int64_t stride, const float* queries, int64_t count, int64_t padded,
+                           Ahead ahead, float* out) {
+    if (stride != padded) dots_of_rows_sized<0>(rows, stride, queries, count, padded, ahead, out);
+    else if (padded == 64) dots_of_rows_sized<64>(rows, stride, queries, count, padded, ahead, out);
+    else if (padded == 128) dots_of_rows_sized<128>(rows, stride, queries, count, padded, ahead, out);
+    else dots_of_rows_sized<0>(rows, stride, queries, count, padded, ahead, out);
+  }
+
+  // J queries of a group that interleaves `Width` of them, against a panel: a register block of J x kPanelBlocks.
+  template <int J, int Width>
+  struct Block {
+    V v[J][V::kPanelBlocks];
+
+    // The next 2^Level sums in tree order, combined. Unrolled over the tree, so no branch depends on the position.
+    template <int Level>
+    __attribute__((always_inline)) static inline void subtree(const float*& panel, const float*& query, int64_t steps,
+                                                              Block& out) {
+      if constexpr (Level == 0) {
+        out.sums(panel, query, steps);
+      } else {
+        Block left;
+        subtree<Level - 1>(panel, query, steps, left);
+        subtree<Level - 1>(panel, query, steps, out);
+#pragma GCC unroll 8
+        for (int j = 0; j < J; ++j)
+#pragma GCC unroll 2
+          for (int g = 0; g < V::kPanelBlocks; ++g) out.v[j][g] = V::add(left.v[j][g], out.v[j][g]);
+      }
+    }
+
+    __attribute__((always_inline)) inline void sums(const float*& panel, const float*& query, int64_t steps) {
+#pragma GCC unroll 8
+      for (int j = 0; j < J; ++j)
+#pragma GCC unroll 2
+        for (int g = 0; g < V::kPanelBlocks; ++g) v[j][g] = V::zero();
+      for (int64_t t = 0; t < steps; ++t, panel += kPanelRows, query += Width) {
+        V x[V::kPanelBlocks];
+#pragma GCC unroll 2
+        for (int g = 0; g < V::kPanelBlocks; ++g) x[g] = V::load(panel + g * kLanes);
+#pragma GCC unroll 8
+        for (int j = 0; j < J; ++j) {
+          const V y = V::broadcast(query[j]);
+#pragma GCC unroll 2
+          for (int g = 0; g < V::kPanelBlocks; ++g) v[j][g] = V::fma(x[g], y, v[j][g]);
+        }
+      }
+    }
+  };
+
+  template <int J, int Width>
+  static void dots_of_group(const float* panel, const float* query, int64_t steps, float* out) {
+    Block<J, Width> block;
+    Block<J, Width>::template subtree<4>(panel, query, steps, block);
+    for (int j = 0; j < J; ++j)
+      for (int g = 0; g < V::kPanelBlocks; ++g) block.v[j][g].store(out + j * kPanelRows + g * kLanes);
+  }
+
+  // Where registers hold fewer queries than a group interleaves, the group is done in halves.
+  static void dots_of_full_group(const float* panel, const float* query, int64_t steps, float* out) {
+    if constexpr (V::kQueriesAtOnce == kQueryGroup) {
+      dots_of_group<kQueryGroup, kQueryGroup>(panel, query, steps, out);
+    } else {
+      constexpr int kHalf = kQueryGroup / 2;
+      dots_of_group<kHalf, kQueryGroup>(panel, query, steps, out);
+      dots_of_group<kHalf, kQueryGroup>(panel, query + kHalf, steps, out + kHalf * kPanelRows);
+    }
+  }
+
+  static void dots_of_panel(const float* panel, const float* query_panel, int64_t count, int64_t padded, Ahead ahead,
+                            float* out) {
+    const int64_t steps = padded / kLanes, groups = (count + kQueryGroup - 1) / kQueryGroup;
+    for (int64_t group = 0; group < groups; ++group, count -= kQueryGroup) {
+      fetch(ahead, group, groups);
+      if (count > kQueryGroup / 2) dots_of_full_group(panel, query_panel, steps, out);
+      else if (count > 2) dots_of_group<4, 4>(panel, query_panel, steps, out);
+      else if (count == 2) dots_of_group<2, 2>(panel, query_panel, steps, out);
+      else dots_of_group<1, 1>(panel, query_panel, steps, out);
+      query_panel += kQueryGroup * padded;
+      out += kQueryGroup * kPanelRows;
+    }
+  }
+
+  static uint32_t prune_max(const float* dots, int64_t stride, int64_t count, const float* bias, float threshold,
+                            float* scores) {
+    V largest = V::load(dots);
+    uint32_t nan = V::unordered(largest);
+    for (int64_t m = 1; m < count; ++m) {
+      const V d = V::load(dots + m * stride);
+      nan |= V::unordered(d);
+      largest = V::max(d, largest);
+    }
+    return finish(largest, nan, bias, threshold, scores);
+  }
+
+  static uint32_t finish(V score, uint32_t nan, const float* bias, float threshold, float* scores) {
+    if (bias) {
+      score = V::add(score, V::load(bias));
+      nan |= V::unordered(score);
+    }
+    score = V::add(score, V::zero());  // -0 becomes +0
+    score.store(scores);
+    return ~(nan | V::less(score, V::broadcast(threshold))) & 0xFFFFu;
+  }
+
+  // log-sum-exp <= max + log(count); kSlack covers the stated error of the canonical function and this sum's rounding.
+  static uint32_t prune_log_sum_exp(const float* dots, int64_t stride, int64_t count, const float* bias,
+                                    float threshold, float* scores) {
+    constexpr float kSlack = 4e-6f;
+    V largest = V::load(dots);
+    uint32_t nan = V::unordered(largest);
+    for (int64_t m = 1; m < count; ++m) {
+      const V d = V::load(dots + m * stride);
+      nan |= V::unordered(d);
+      largest = V::max(d, largest);
+    }
+    const float log_count = canonical_log(static_cast<float>(count)) + kSlack * 8;
+    V bound = V::add(V::fma(V::abs(largest), V::broadcast(kSlack), largest), V::broadcast(log_count));
+    if (bias) bound = V::add(bound, V::load(bias));
+    uint32_t survivors = ~(nan | V::less(bound, V::broadcast(threshold))) & 0xFFFFu;
+    uint32_t kept = 0;
+    for (; survivors; survivors &= survivors - 1) {
+      const int i = __builtin_ctz(survivors);
+      float score = canonical_log_sum_exp(dots + i, stride, count);
+      if (bias) score += bias[i];
+      scores[i] = score + 0.0f;
+      if (score >= threshold) kept |= 1u << i;
+    }
+    return kept;
+  }
+
+  // Every lane counts: what a result does not depend on, the compiler leaves out of the measured loop.
+  static float sum_of_lanes(V v) {
+    float lanes[kLanes];
+    v.store(lanes);
+    return canonical_tree(lanes);
+  }
+
+  static float read_loop(const float* data, int64_t count) {
+    V acc[8];
+    for (int i = 0; i < 8; ++i) acc[i] = V::zero();
+    for (int64_t e = 0; e + 8 * kLanes <= count; e += 8 * kLanes)
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) acc[i] = V::add(acc[i], V::load(data + e + i * kLanes));
+    for (int i = 1; i < 8; ++i) acc[0] = V::add(acc[0], acc[i]);
+    return sum_of_lanes(acc[0]);
+  }
+
+  static constexpr int kChains = V::kPanelBlocks * 8;
+
+  static float fma_loop(int64_t steps) {
+    V acc[kChains];
+    const V x = V::broadcast(0.999f), y = V::broadcast(0.001f);
+    float start[kLanes];
+    for (int i = 0; i < kLanes; ++i) start[i] = static_cast<float>(i);  // unequal lanes: no half is redundant
+    for (int i = 0; i < kChains; ++i) acc[i] = V::add(V::load(start), V::broadcast(static_cast<float>(i)));
+    for (int64_t s = 0; s < steps; ++s)
+#pragma GCC unroll 16
+      for (int i = 0; i < kChains; ++i) acc[i] = V::fma(acc[i], x, y);
+    for (int i = 1; i < kChains; ++i) acc[0] = V::add(acc[0], acc[i]);
+    return sum_of_lanes(acc[0]);
+  }
+
+  static constexpr Kernels table(const char* name) {
+    return {name,         kPanelRows,    stage,     widen,             gather,    transpose,
+            dots_of_rows, dots_of_panel, prune_max, prune_log_sum_exp, read_loop, fma_loop, kChains * kLanes * 2};
+  }
+};
