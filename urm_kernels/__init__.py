@@ -1,1 +1,10 @@
+"""Exact multi-query top-k over tens of millions of factored items, as torch ops.
 
+Importing needs no GPU, no Triton and no compiler; see ``python -m urm_kernels`` for what this machine can use.
+"""
+
+from .scoring import TopK, score_topk
+from .table import ItemTable
+
+__version__ = "0.1.0"
+__all__ = ["ItemTable", "TopK", "__version__", "score_topk"]

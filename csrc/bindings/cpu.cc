@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <chrono>
-#include <stdexcept>
+#include <cstdlib>
 #include <string>
 
 #include "../cpu/candidates.h"
@@ -13,15 +13,11 @@ namespace py = pybind11;
 
 namespace {
 
+constexpr int kMostThreads = 4096;
+
 template <class T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
-}
-
-const urm::Kernels& kernels_named(const std::string& isa) {
-  const urm::Kernels* kernels = urm::find_kernels(isa.c_str());
-  if (!kernels) throw std::invalid_argument("instruction set '" + isa + "' is not usable on this machine");
-  return *kernels;
 }
 
 py::list instruction_sets() {
@@ -32,11 +28,31 @@ py::list instruction_sets() {
   return names;
 }
 
+// Settings are read here at every call: getenv costs a tenth of a look-up in os.environ, which writes through to it.
+const urm::Kernels& chosen_kernels() {
+  const char* wanted = std::getenv("URM_CPU_ISA");
+  if (const urm::Kernels* kernels = urm::find_kernels(wanted ? wanted : "")) return *kernels;
+  std::string usable = py::str(py::str(", ").attr("join")(instruction_sets()));
+  throw py::value_error("URM_CPU_ISA: one of " + usable + " is usable here, '" + wanted + "' came");
+}
+
+int chosen_threads(int torch_threads) {
+  const char* wanted = std::getenv("URM_NUM_THREADS");
+  if (!wanted || !*wanted) return torch_threads;
+  char* end;
+  const long threads = std::strtol(wanted, &end, 10);
+  if (*end || threads < 1 || threads > kMostThreads)
+    throw py::value_error("URM_NUM_THREADS: an integer from 1 to " + std::to_string(kMostThreads) + " is wanted, '" +
+                          wanted + "' came");
+  return static_cast<int>(threads);
+}
+
 using Matrix = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, int64_t>;  // address, dtype, sizes, strides
 
 urm::MatrixView view(const Matrix& m) {
-  return {at<void>(std::get<0>(m)), static_cast<urm::DType>(std::get<1>(m)), std::get<2>(m), std::get<3>(m),
-          std::get<4>(m), std::get<5>(m)};
+  return {at<void>(std::get<0>(m)), static_cast<urm::DType>(std::get<1>(m)),
+          std::get<2>(m),           std::get<3>(m),
+          std::get<4>(m),           std::get<5>(m)};
 }
 
 using Queries = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;  // address, exists, users, queries, r
@@ -48,18 +64,22 @@ urm::QueriesView view(const Queries& q) {
 using FilterSpec = std::tuple<int, uintptr_t, int64_t, int64_t, uintptr_t, int64_t>;  // as struct Filter
 
 void score_topk(const Queries& queries, const Matrix& items, const Matrix& bias, int reduce, const FilterSpec& filter,
-                int64_t k, bool sorted, int threads, const std::string& isa, uintptr_t scores, uintptr_t ids) {
+                int64_t k, bool sorted, int torch_threads, uintptr_t scores, uintptr_t ids) {
   urm::ScanRequest request;
   request.queries = view(queries);
   request.items = view(items);
   request.bias = view(bias);
   request.reduce = static_cast<urm::Reduce>(reduce);
-  request.filter = {static_cast<urm::MaskKind>(std::get<0>(filter)), at<uint8_t>(std::get<1>(filter)),
-                    std::get<2>(filter), std::get<3>(filter), at<int64_t>(std::get<4>(filter)), std::get<5>(filter)};
+  request.filter = {static_cast<urm::MaskKind>(std::get<0>(filter)),
+                    at<uint8_t>(std::get<1>(filter)),
+                    std::get<2>(filter),
+                    std::get<3>(filter),
+                    at<int64_t>(std::get<4>(filter)),
+                    std::get<5>(filter)};
   request.k = k;
   request.sorted = sorted;
-  request.threads = threads;
-  request.kernels = &kernels_named(isa);
+  request.threads = chosen_threads(torch_threads);
+  request.kernels = &chosen_kernels();
   request.scores = at<float>(scores);
   request.ids = at<int64_t>(ids);
 
@@ -84,19 +104,30 @@ void score_topk(const Queries& queries, const Matrix& items, const Matrix& bias,
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of urm_kernels; use the package, not this module.";
   m.def("instruction_sets", &instruction_sets, "Usable instruction sets, best first.");
+  m.def("instruction_set", [] { return chosen_kernels().name; }, "The one in use: URM_CPU_ISA, or the best.");
+  m.def("threads", &chosen_threads, "Threads a call may use: URM_NUM_THREADS, or the number given (torch's).");
   m.def("score_topk", &score_topk);
   m.def("candidate_dots", [](const Queries& queries, const Matrix& items, uintptr_t candidates, int64_t count,
-                             int threads, const std::string& isa, uintptr_t out) {
-    const urm::Kernels& kernels = kernels_named(isa);
+                             int torch_threads, uintptr_t out) {
+    const urm::Kernels& kernels = chosen_kernels();
+    const int threads = chosen_threads(torch_threads);
     const py::gil_scoped_release released;
     urm::candidate_dots(view(queries), view(items), at<int64_t>(candidates), count, threads, kernels, at<float>(out));
   });
-  m.def("read_bandwidth", [](uintptr_t data, int64_t count, int threads, const std::string& isa) {
-    const py::gil_scoped_release released;
-    return urm::read_bandwidth(at<float>(data), count, threads, kernels_named(isa));
-  });
-  m.def("fma_rate", [](int64_t steps, int threads, const std::string& isa) {
-    const py::gil_scoped_release released;
-    return urm::fma_rate(steps, threads, kernels_named(isa));
-  });
+  m.def(
+      "read_bandwidth",
+      [](uintptr_t data, int64_t count, int threads) {
+        const urm::Kernels& kernels = chosen_kernels();
+        const py::gil_scoped_release released;
+        return urm::read_bandwidth(at<float>(data), count, threads, kernels);
+      },
+      "Bytes a second of one read of `count` floats at an address.");
+  m.def(
+      "fma_rate",
+      [](int64_t steps, int threads) {
+        const urm::Kernels& kernels = chosen_kernels();
+        const py::gil_scoped_release released;
+        return urm::fma_rate(steps, threads, kernels);
+      },
+      "fp32 operations a second; a multiply-add counts two.");
 }

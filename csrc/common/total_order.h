@@ -32,8 +32,12 @@ URM_HOST_DEVICE uint64_t pack_key(float score, uint32_t row) {
   return (static_cast<uint64_t>(ordered_bits(score)) << 32) | (0xFFFFFFFFu - row);
 }
 
-URM_HOST_DEVICE float key_score(uint64_t key) { return from_ordered_bits(static_cast<uint32_t>(key >> 32)); }
+URM_HOST_DEVICE float key_score(uint64_t key) {
+  return from_ordered_bits(static_cast<uint32_t>(key >> 32));
+}
 
-URM_HOST_DEVICE uint32_t key_row(uint64_t key) { return 0xFFFFFFFFu - static_cast<uint32_t>(key); }
+URM_HOST_DEVICE uint32_t key_row(uint64_t key) {
+  return 0xFFFFFFFFu - static_cast<uint32_t>(key);
+}
 
 }  // namespace urm

@@ -21,7 +21,8 @@ void candidate_dots(const QueriesView& queries, const MatrixView& items, const i
     float* rows = work.data() + slot * workspace;
     float* dots = rows + kLanes * padded;
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      const int64_t user = task / tiles, first = task % tiles * kLanes, width = std::min<int64_t>(kLanes, count - first);
+      const int64_t user = task / tiles, first = task % tiles * kLanes,
+                    width = std::min<int64_t>(kLanes, count - first);
       kernels.gather(items, candidates + user * count + first, width, padded, rows);
       kernels.dots_of_rows(rows, padded, packed.rows.data() + user * m * padded, m, padded, Ahead{nullptr, 0}, dots);
       for (int64_t q = 0; q < m; ++q)

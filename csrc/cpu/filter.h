@@ -13,7 +13,7 @@ struct Filter {
   MaskKind kind = MaskKind::kNone;
   const uint8_t* mask = nullptr;
   int64_t mask_user_stride = 0;
-  int64_t mask_row_stride = 1;  // bytes only; bits are packed, lowest first
+  int64_t mask_row_stride = 1;       // bytes only; bits are packed, lowest first
   const int64_t* exclude = nullptr;  // [users, exclude_count], each ascending
   int64_t exclude_count = 0;
 

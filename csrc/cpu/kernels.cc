@@ -35,7 +35,9 @@ const UsableKernels& usable() {
   return kernels;
 }
 
-int group_width(int64_t left) { return left > 4 ? kQueryGroup : left > 2 ? 4 : static_cast<int>(left); }
+int group_width(int64_t left) {
+  return left > 2 ? kQueryGroup : static_cast<int>(left);
+}
 
 }  // namespace
 
@@ -51,7 +53,9 @@ const Kernels* find_kernels(const char* name) {
   return nullptr;
 }
 
-int64_t query_panel_floats(int64_t count, int64_t padded) { return round_up(count, kQueryGroup) * padded; }
+int64_t query_panel_floats(int64_t count, int64_t padded) {
+  return round_up(count, kQueryGroup) * padded;
+}
 
 void pack_query_panel(const float* queries, int64_t count, int64_t padded, float* out) {
   const int64_t steps = padded / kLanes;

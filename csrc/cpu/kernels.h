@@ -18,8 +18,7 @@ struct Ahead {
   int64_t lines;
 };
 
-constexpr int kQueryGroup = 8;      // queries a packed query panel interleaves
-constexpr int kMaxPanelRows = 32;
+constexpr int kQueryGroup = 4;  // queries that a packed query panel interleaves
 
 struct Kernels {
   const char* name;
@@ -41,7 +40,8 @@ struct Kernels {
   void (*dots_of_rows)(const float* rows, int64_t stride, const float* queries, int64_t count, int64_t padded,
                        Ahead ahead, float* out);
 
-  // out[q * panel_rows + i] likewise, for a panel and queries packed by pack_query_panel.
+  // out[q * panel_rows + i] likewise, for a panel and queries packed by pack_query_panel; out has room for whole
+  // groups.
   void (*dots_of_panel)(const float* panel, const float* query_panel, int64_t count, int64_t padded, Ahead ahead,
                         float* out);
 

@@ -11,7 +11,7 @@ namespace {
 struct Vector {
   static constexpr int kPanelBlocks = 1;
   static constexpr int kRowsAtOnce = 4;
-  static constexpr int kQueriesAtOnce = 4;
+  static constexpr int kChains = 6;  // of the measured ceiling: what registers hold
 
   __m256 low, high;
 
@@ -21,6 +21,7 @@ struct Vector {
   static Vector fma(Vector x, Vector y, Vector z) {
     return {_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)};
   }
+  static Vector multiply(Vector x, Vector y) { return {_mm256_mul_ps(x.low, y.low), _mm256_mul_ps(x.high, y.high)}; }
   static Vector add(Vector x, Vector y) { return {_mm256_add_ps(x.low, y.low), _mm256_add_ps(x.high, y.high)}; }
   static Vector max(Vector x, Vector y) { return {_mm256_max_ps(x.low, y.low), _mm256_max_ps(x.high, y.high)}; }
   static Vector abs(Vector x) {
@@ -71,7 +72,8 @@ struct Vector {
                               _mm256_permute2f128_ps(eight[n], eight[n + 4], 0x31));
 #pragma GCC unroll 2
     for (int n = 0; n < 2; ++n)
-      two[n] = _mm256_add_ps(_mm256_shuffle_ps(four[n], four[n + 2], 0x44), _mm256_shuffle_ps(four[n], four[n + 2], 0xEE));
+      two[n] =
+          _mm256_add_ps(_mm256_shuffle_ps(four[n], four[n + 2], 0x44), _mm256_shuffle_ps(four[n], four[n + 2], 0xEE));
     // two[n] holds rows n, n, n + 2, n + 2 (and four more).
     const __m256 even = _mm256_shuffle_ps(two[0], two[1], 0x88), odd = _mm256_shuffle_ps(two[0], two[1], 0xDD);
     return _mm256_permute_ps(_mm256_add_ps(even, odd), 0xD8);

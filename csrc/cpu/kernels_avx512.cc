@@ -9,9 +9,9 @@ namespace urm {
 namespace {
 
 struct Vector {
-  static constexpr int kPanelBlocks = 2;
+  static constexpr int kPanelBlocks = 3;
   static constexpr int kRowsAtOnce = 16;
-  static constexpr int kQueriesAtOnce = 8;
+  static constexpr int kChains = 16;  // of the measured ceiling: what registers hold
 
   __m512 v;
 
@@ -19,6 +19,7 @@ struct Vector {
   static Vector load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Vector broadcast(float x) { return {_mm512_set1_ps(x)}; }
   static Vector fma(Vector x, Vector y, Vector z) { return {_mm512_fmadd_ps(x.v, y.v, z.v)}; }
+  static Vector multiply(Vector x, Vector y) { return {_mm512_mul_ps(x.v, y.v)}; }
   static Vector add(Vector x, Vector y) { return {_mm512_add_ps(x.v, y.v)}; }
   static Vector max(Vector x, Vector y) { return {_mm512_max_ps(x.v, y.v)}; }
   static Vector abs(Vector x) { return {_mm512_abs_ps(x.v)}; }
@@ -79,7 +80,8 @@ struct Vector {
     // b[4 n + c] holds, in 128-bit lane l, element 4 l + c of rows 4 n .. 4 n + 3.
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
-      const __m512 low01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88), high01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xDD);
+      const __m512 low01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88),
+                   high01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xDD);
       const __m512 low23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
       const __m512 high23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xDD);
       row[c].v = _mm512_shuffle_f32x4(low01, low23, 0x88);

@@ -33,7 +33,7 @@ float widen_bfloat16(uint16_t half) {
 struct Vector {
   static constexpr int kPanelBlocks = 1;
   static constexpr int kRowsAtOnce = 1;
-  static constexpr int kQueriesAtOnce = 4;
+  static constexpr int kChains = 4;  // of the measured ceiling: what registers hold
 
   float v[kLanes];
 
@@ -59,6 +59,9 @@ struct Vector {
   }
   static Vector fma(const Vector& x, const Vector& y, const Vector& z) {
     return each([&](int i) { return fused_multiply_add(x.v[i], y.v[i], z.v[i]); });
+  }
+  static Vector multiply(const Vector& x, const Vector& y) {
+    return each([&](int i) { return x.v[i] * y.v[i]; });
   }
   static Vector add(const Vector& x, const Vector& y) {
     return each([&](int i) { return x.v[i] + y.v[i]; });

@@ -64,8 +64,8 @@ struct KernelsOf {
 
   // `Padded` and `stride` known to the compiler (0: not) turn 16 row pointers into one and an immediate offset.
   template <int Padded>
-  static void dots_of_rows_sized(const float* rows, int64_t stride, const float* queries, int64_t count,
-                                 int64_t padded, Ahead ahead, float* out) {
+  static void dots_of_rows_sized(const float* rows, int64_t stride, const float* queries, int64_t count, int64_t padded,
+                                 Ahead ahead, float* out) {
     if (Padded) stride = padded = Padded;
     for (int64_t q = 0; q < count; ++q, queries += padded, out += kLanes) {
       fetch(ahead, q, count);
@@ -96,64 +96,52 @@ struct KernelsOf {
     else dots_of_rows_sized<0>(rows, stride, queries, count, padded, ahead, out);
   }
 
-  // J queries of a group that interleaves `Width` of them, against a panel: a register block of J x kPanelBlocks.
-  template <int J, int Width>
+  // J queries against a panel: a register block of J x kPanelBlocks results.
+  template <int J>
   struct Block {
-    V v[J][V::kPanelBlocks];
+    static constexpr int kBlocks = V::kPanelBlocks;
+    V v[J][kBlocks];
 
-    // The next 2^Level sums in tree order, combined. Unrolled over the tree, so no branch depends on the position.
-    template <int Level>
-    __attribute__((always_inline)) static inline void subtree(const float*& panel, const float*& query, int64_t steps,
-                                                              Block& out) {
-      if constexpr (Level == 0) {
-        out.sums(panel, query, steps);
-      } else {
-        Block left;
-        subtree<Level - 1>(panel, query, steps, left);
-        subtree<Level - 1>(panel, query, steps, out);
-#pragma GCC unroll 8
-        for (int j = 0; j < J; ++j)
-#pragma GCC unroll 2
-          for (int g = 0; g < V::kPanelBlocks; ++g) out.v[j][g] = V::add(left.v[j][g], out.v[j][g]);
+    // One step of a running sum. The first is a plain product: it differs from fma(x, y, +0) in the sign of a zero at
+    // most, which reaches no result, since a zero score is made +0 at the end.
+    template <bool First>
+    __attribute__((always_inline)) inline void step(const float* panel, const float* query) {
+      V x[kBlocks];
+#pragma GCC unroll 4
+      for (int g = 0; g < kBlocks; ++g) x[g] = V::load(panel + g * kLanes);
+#pragma GCC unroll 4
+      for (int j = 0; j < J; ++j) {
+        const V y = V::broadcast(query[j]);
+#pragma GCC unroll 4
+        for (int g = 0; g < kBlocks; ++g) v[j][g] = First ? V::multiply(x[g], y) : V::fma(x[g], y, v[j][g]);
       }
     }
 
-    __attribute__((always_inline)) inline void sums(const float*& panel, const float*& query, int64_t steps) {
-#pragma GCC unroll 8
-      for (int j = 0; j < J; ++j)
-#pragma GCC unroll 2
-        for (int g = 0; g < V::kPanelBlocks; ++g) v[j][g] = V::zero();
-      for (int64_t t = 0; t < steps; ++t, panel += kPanelRows, query += Width) {
-        V x[V::kPanelBlocks];
-#pragma GCC unroll 2
-        for (int g = 0; g < V::kPanelBlocks; ++g) x[g] = V::load(panel + g * kLanes);
-#pragma GCC unroll 8
-        for (int j = 0; j < J; ++j) {
-          const V y = V::broadcast(query[j]);
-#pragma GCC unroll 2
-          for (int g = 0; g < V::kPanelBlocks; ++g) v[j][g] = V::fma(x[g], y, v[j][g]);
-        }
+    // The next 2^Level sums in tree order, combined. Unrolled over the tree, so no branch depends on the position.
+    template <int Level>
+    __attribute__((always_inline)) inline void subtree(const float*& panel, const float*& query, int64_t steps) {
+      if constexpr (Level == 0) {
+        step<true>(panel, query);
+        panel += kPanelRows, query += J;
+        for (int64_t t = 1; t < steps; ++t, panel += kPanelRows, query += J) step<false>(panel, query);
+      } else {
+        Block left;
+        left.template subtree<Level - 1>(panel, query, steps);
+        subtree<Level - 1>(panel, query, steps);
+#pragma GCC unroll 4
+        for (int j = 0; j < J; ++j)
+#pragma GCC unroll 4
+          for (int g = 0; g < kBlocks; ++g) v[j][g] = V::add(left.v[j][g], v[j][g]);
       }
     }
   };
 
-  template <int J, int Width>
+  template <int J>
   static void dots_of_group(const float* panel, const float* query, int64_t steps, float* out) {
-    Block<J, Width> block;
-    Block<J, Width>::template subtree<4>(panel, query, steps, block);
+    Block<J> block;
+    block.template subtree<4>(panel, query, steps);
     for (int j = 0; j < J; ++j)
       for (int g = 0; g < V::kPanelBlocks; ++g) block.v[j][g].store(out + j * kPanelRows + g * kLanes);
-  }
-
-  // Where registers hold fewer queries than a group interleaves, the group is done in halves.
-  static void dots_of_full_group(const float* panel, const float* query, int64_t steps, float* out) {
-    if constexpr (V::kQueriesAtOnce == kQueryGroup) {
-      dots_of_group<kQueryGroup, kQueryGroup>(panel, query, steps, out);
-    } else {
-      constexpr int kHalf = kQueryGroup / 2;
-      dots_of_group<kHalf, kQueryGroup>(panel, query, steps, out);
-      dots_of_group<kHalf, kQueryGroup>(panel, query + kHalf, steps, out + kHalf * kPanelRows);
-    }
   }
 
   static void dots_of_panel(const float* panel, const float* query_panel, int64_t count, int64_t padded, Ahead ahead,
@@ -161,10 +149,9 @@ struct KernelsOf {
     const int64_t steps = padded / kLanes, groups = (count + kQueryGroup - 1) / kQueryGroup;
     for (int64_t group = 0; group < groups; ++group, count -= kQueryGroup) {
       fetch(ahead, group, groups);
-      if (count > kQueryGroup / 2) dots_of_full_group(panel, query_panel, steps, out);
-      else if (count > 2) dots_of_group<4, 4>(panel, query_panel, steps, out);
-      else if (count == 2) dots_of_group<2, 2>(panel, query_panel, steps, out);
-      else dots_of_group<1, 1>(panel, query_panel, steps, out);
+      if (count > 2) dots_of_group<kQueryGroup>(panel, query_panel, steps, out);
+      else if (count == 2) dots_of_group<2>(panel, query_panel, steps, out);
+      else dots_of_group<1>(panel, query_panel, steps, out);
       query_panel += kQueryGroup * padded;
       out += kQueryGroup * kPanelRows;
     }
@@ -235,7 +222,7 @@ struct KernelsOf {
     return sum_of_lanes(acc[0]);
   }
 
-  static constexpr int kChains = V::kPanelBlocks * 8;
+  static constexpr int kChains = V::kChains;
 
   static float fma_loop(int64_t steps) {
     V acc[kChains];
@@ -251,7 +238,18 @@ struct KernelsOf {
   }
 
   static constexpr Kernels table(const char* name) {
-    return {name,         kPanelRows,    stage,     widen,             gather,    transpose,
-            dots_of_rows, dots_of_panel, prune_max, prune_log_sum_exp, read_loop, fma_loop, kChains * kLanes * 2};
+    return {name,
+            kPanelRows,
+            stage,
+            widen,
+            gather,
+            transpose,
+            dots_of_rows,
+            dots_of_panel,
+            prune_max,
+            prune_log_sum_exp,
+            read_loop,
+            fma_loop,
+            kChains * kLanes * 2};
   }
 };

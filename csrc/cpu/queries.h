@@ -9,7 +9,7 @@
 namespace urm {
 
 struct QueriesView {
-  const float* data = nullptr;  // [users, queries, r], contiguous
+  const float* data = nullptr;      // [users, queries, r], contiguous
   const uint8_t* exists = nullptr;  // [users, queries] or null: all
   int64_t users = 0;
   int64_t queries = 0;

@@ -11,12 +11,12 @@
 namespace urm {
 namespace {
 
-constexpr int64_t kGroupQueries = 512;            // packed queries of a group stay in the second-level cache
-constexpr int64_t kGroupBufferBytes = 64 << 20;   // running top-k buffers of a group, all threads together
-constexpr int64_t kDirectQueries = 8;             // up to here rows are read as they lie, above by transposed panels
-constexpr int64_t kWorkPerThread = 1 << 18;       // multiply-adds that pay for waking a thread
-constexpr int64_t kAheadTiles = 2;                // distance of the software prefetch
-constexpr int64_t kChunkRows = 4096;              // rows handed out at a time
+constexpr int64_t kGroupQueries = 512;           // packed queries of a group stay in the second-level cache
+constexpr int64_t kGroupBufferBytes = 64 << 20;  // running top-k buffers of a group, all threads together
+constexpr int64_t kDirectQueries = 8;            // up to here rows are read as they lie, above by transposed panels
+constexpr int64_t kWorkPerThread = 1 << 18;      // multiply-adds that pay for waking a thread
+constexpr int64_t kAheadTiles = 2;               // distance of the software prefetch
+constexpr int64_t kChunkRows = 4096;             // rows handed out at a time
 constexpr int64_t kCacheLine = 64;
 
 // What all threads of one group's scan share.
@@ -28,8 +28,8 @@ struct Group {
   int threads = 1;
   int64_t chunk_rows = kChunkRows;
   int64_t capacity = 0;
-  AlignedVector<uint64_t> keys{};  // [users, threads, capacity]
-  AlignedVector<TopKBuffer> buffers{};  // [threads, users]
+  AlignedVector<uint64_t> keys{};                 // [users, threads, capacity]
+  AlignedVector<TopKBuffer> buffers{};            // [threads, users]
   AlignedVector<std::atomic<uint64_t>> floors{};  // [users]
   std::atomic<int64_t> next_chunk{0};
   std::atomic<bool> stop{false};
@@ -45,7 +45,7 @@ struct Workspace {
   Workspace(const Group& group, int panel_rows)
       : rows(kLanes * group.padded),
         panel(group.direct() ? 0 : panel_rows * group.padded),
-        dots(group.packed.total * panel_rows),
+        dots(round_up(group.packed.total, kQueryGroup) * panel_rows),
         bias(panel_rows) {}
 };
 
@@ -202,7 +202,8 @@ bool scan_group(const ScanRequest& request, int64_t first, int64_t last, int64_t
     pack_query_panel(group.packed.rows.data(), queries, padded, group.panel.data());
   }
   group.threads = useful_threads(request, queries, padded);
-  group.chunk_rows = std::clamp<int64_t>(round_up(n / (8 * group.threads) + 1, kMaxPanelRows), kMaxPanelRows, kChunkRows);
+  const int64_t wide = request.kernels->panel_rows;
+  group.chunk_rows = round_up(std::clamp<int64_t>(n / (8 * group.threads), 1, kChunkRows), wide);
   group.capacity = topk_buffer_capacity(std::min(request.k, n), n);
   group.keys.resize(users * group.threads * group.capacity);
   group.floors = AlignedVector<std::atomic<uint64_t>>(users);
@@ -215,8 +216,7 @@ bool scan_group(const ScanRequest& request, int64_t first, int64_t last, int64_t
       group.buffers.emplace_back(group.keys.data() + (user * group.threads + slot) * group.capacity,
                                  std::min(request.k, n), group.capacity);
   }
-  if (queries && n && request.k)
-    run_parallel(group.threads, [&](int slot) { Scanner(group, work[slot], slot).run(); });
+  if (queries && n && request.k) run_parallel(group.threads, [&](int slot) { Scanner(group, work[slot], slot).run(); });
   if (group.stop.load()) return false;
   std::atomic<int64_t> next_user{0};
   run_parallel(static_cast<int>(std::min<int64_t>(group.threads, users)), [&](int) {

@@ -29,7 +29,7 @@ void relax() {
 
 struct Region {
   const std::function<void(int)>* body;
-  int next_slot;    // guarded by the pool's mutex, as everything here
+  int next_slot;  // guarded by the pool's mutex, as everything here
   int slots;
   int running = 0;
 };

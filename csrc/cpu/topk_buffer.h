@@ -13,7 +13,7 @@ namespace urm {
 
 // Room for a cut to pay: twice k, and no more than can ever arrive.
 inline int64_t topk_buffer_capacity(int64_t k, int64_t rows) {
-  return std::max<int64_t>(1, std::min(std::max<int64_t>(2 * k, k + 256), rows));
+  return std::max<int64_t>(1, std::min(std::max<int64_t>(2 * k, k + 64), rows));
 }
 
 class TopKBuffer {

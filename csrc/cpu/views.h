@@ -8,7 +8,9 @@ namespace urm {
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // Internal linkage throughout: these are compiled into files for different instruction sets.
-static inline int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+static inline int64_t element_bytes(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
 
 // A strided [rows, columns] array; any stride, 0 included.
 struct MatrixView {
@@ -26,6 +28,8 @@ static inline const char* row_address(const MatrixView& view, int64_t row) {
 
 enum class Reduce : int { kMax = 0, kSum = 1, kMean = 2, kLogSumExp = 3 };
 
-static inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+static inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 }  // namespace urm

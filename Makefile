@@ -1,0 +1,56 @@
+# make test | demo | bench | lint | format | test-sanitize | gpu-acceptance | clean
+# Every target sets up what it needs: a .venv in the project, everything else through pip by name.
+
+PYTHON ?= python3
+ITEMS ?= 1000000
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/*/*) CMakeLists.txt pyproject.toml
+
+.PHONY: test demo bench lint format test-sanitize gpu-acceptance clean
+.DELETE_ON_ERROR:
+
+$(VENV)/test.stamp: requirements/test.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements/test.txt
+	touch $@
+
+$(VENV)/%.stamp: requirements/%.txt $(VENV)/test.stamp
+	$(BIN)/pip install --quiet -r $<
+	touch $@
+
+# Editable: Python files are used where they lie; the extension is rebuilt when a source changes.
+$(VENV)/build.stamp: $(SOURCES) $(VENV)/test.stamp
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+test: $(VENV)/build.stamp
+	$(BIN)/python -m pytest python_tests
+
+demo: $(VENV)/build.stamp $(VENV)/demo.stamp
+	$(BIN)/python -m urm_kernels.demo --items $(ITEMS)
+
+bench: $(VENV)/build.stamp $(VENV)/bench.stamp
+	$(BIN)/python -m pytest bench
+
+lint: $(VENV)/build.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*)
+
+format: $(VENV)/test.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*/*)
+
+# The extension alone under AddressSanitizer, then UndefinedBehaviorSanitizer; the interpreter itself is not instrumented,
+# so the runtime is preloaded and leaks of the interpreter are not reported.
+test-sanitize: $(VENV)/build.stamp
+	for kind in address undefined; do python_tests/sanitize.sh $$kind $(BIN) || exit 1; done
+
+gpu-acceptance:
+	@if [ -x $(BIN)/python ]; then $(BIN)/python bench/gpu_acceptance.py; else $(PYTHON) bench/gpu_acceptance.py; fi
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,356 @@
+"""Latency of score_topk on the CPU beside exact peers, ceilings and bars; `make bench`.
+
+A cell's result is checked against float64 before anything is timed: a wrong result fails the run, a missed bar is
+shown as missed and does not. Ours and the peers take turns in one process; medians are reported. Data kind: decay.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import subprocess
+import sys
+import time
+import timeit
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from peers import PEERS, Peer, SkipError
+from torch import Tensor
+
+import urm_kernels
+from urm_kernels import scoring, testing
+
+# What a cell must reach; faster_by is against the best exact peer of its dtype class.
+BARS = {
+    "faster_by": 1.0,
+    "k=1000 over k=10": 1.5,
+    "small call, us": 50.0,
+    "small call, Python checks, us": 15.0,
+    "import, s": 0.3,
+    "extra MiB at N=1e7": 16.0,
+}
+
+_SLOW, _VERY_SLOW = 0.5, 1.5  # seconds a call: three rounds above the first, one above the second
+_PAUSE = 0.005  # seconds: the thread pools of the one before have stopped spinning by then
+
+Call = Callable[[], Any]
+
+
+class Cell(NamedTuple):
+    dtype: str
+    r: int
+    B: int
+    M: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype} r={self.r} B={self.B} M={self.M} k={self.k}"
+
+
+SHAPES = ((1, 1), (1, 8), (8, 8), (32, 16))
+# In the order in which a table, its indexes and an oracle can be kept.
+CELLS = [Cell("fp32", r, *shape, k) for r in (64, 128) for shape in SHAPES for k in (100, 1000)]
+CELLS += [Cell("bf16", 128, *shape, 100) for shape in SHAPES]
+
+
+@functools.lru_cache(maxsize=1)
+def _table(dtype: str, r: int, rows: int) -> Tensor:
+    _state.cache_clear()
+    items = testing.make_items("decay", rows, r, seed=0)
+    return items.bfloat16() if dtype == "bf16" else items
+
+
+@functools.cache
+def _state(peer: Peer, dtype: str, r: int, rows: int) -> Any:
+    return peer.prepare(_table(dtype, r, rows))
+
+
+def _queries(cell: Cell, items: Tensor) -> Tensor:
+    return testing.make_queries("decay", cell.B, cell.M, cell.r, seed=1, items=items)
+
+
+@functools.lru_cache(maxsize=1)
+def _oracle(dtype: str, r: int, users: int, count: int, rows: int) -> Tensor:
+    items = _table(dtype, r, rows)
+    return testing.full_scores(_queries(Cell(dtype, r, users, count, 0), items), items)
+
+
+def _tolerance(queries: Tensor, items: Tensor) -> float:
+    """Of a canonical dot, from the largest lengths; `testing.score_tolerance` row by row would double the wait."""
+    longest = torch.linalg.vector_norm(items, dim=1, dtype=torch.float32).max() * queries.norm(dim=2).max()
+    return float(longest) * (queries.shape[2] / 16 + 6) * 2.0**-24
+
+
+_chosen: dict[tuple[str, int, int, int, int, str], Peer] = {}  # the best variant of a family, by first k tried
+
+
+class Contest:
+    """The peers of a cell: tried once, the best variant of each family kept, then measured in turns with ours."""
+
+    def __init__(self, cell: Cell, rows: int, queries: Tensor, ours: urm_kernels.TopK) -> None:
+        self.seconds: dict[str, list[float]] = {}
+        self.rounds: dict[str, int] = {}
+        self.calls: dict[str, Call] = {}
+        self.skipped: dict[str, str] = {}
+        self.exact: dict[str, bool] = {}
+        self.agreement: dict[str, float] = {}
+        families: dict[str, list[Peer]] = {}
+        for peer in PEERS:
+            if peer.dtype == cell.dtype:
+                families.setdefault(peer.family, []).append(peer)
+        for family, variants in families.items():
+            key = (cell.dtype, cell.r, cell.B, cell.M, rows, family)
+            trials = {}
+            for peer in [_chosen[key]] if key in _chosen else variants:
+                try:
+                    call = functools.partial(peer.search, _state(peer, cell.dtype, cell.r, rows), queries, cell.k)
+                    elapsed, (_, ids) = _timed(call)
+                except SkipError as reason:
+                    self.skipped[peer.name] = str(reason)
+                    continue
+                except Exception as error:  # a peer that breaks is its own affair, and is said
+                    self.skipped[peer.name] = f"failed: {type(error).__name__}: {error}"
+                    continue
+                trials[peer] = (elapsed, call, _overlap(ids, ours.ids))
+            if trials:
+                best = _chosen[key] = min(trials, key=lambda peer: trials[peer][0])
+                self._admit(best, *trials[best])
+
+    def _admit(self, peer: Peer, elapsed: float, call: Call, agreement: float) -> None:
+        self.calls[peer.name], self.exact[peer.name] = call, peer.exact
+        self.agreement[peer.name] = round(agreement, 4)
+        self.rounds[peer.name] = _rounds(elapsed)
+        # One round for the very slow ones, and that is the trial: nothing is warm for them that a second would be.
+        self.seconds[peer.name] = [elapsed] if self.rounds[peer.name] == 1 else []
+
+    def turn(self) -> None:
+        for name, call in self.calls.items():
+            if len(self.seconds[name]) < self.rounds[name]:
+                time.sleep(_PAUSE)
+                self.seconds[name].append(_timed(call)[0])
+
+    def summary(self, ms: float) -> dict[str, Any]:
+        medians = {name: statistics.median(seconds) * 1e3 for name, seconds in self.seconds.items() if seconds}
+        best = min((name for name in medians if self.exact[name]), key=medians.__getitem__, default=None)
+        bar = BARS["faster_by"]
+        out: dict[str, Any] = {
+            "peers_ms": {name: round(value, 3) for name, value in medians.items()},
+            "ratios": {name: round(value / ms, 3) for name, value in medians.items()},
+            "peers_exact": self.exact,
+            "agreement": self.agreement,
+            "skipped": self.skipped,
+            "best_peer": best,
+            "bar": f">= {bar:g}x best exact",
+            "met": None,
+        }
+        if best is not None:
+            out |= {"best_peer_ms": round(medians[best], 3), "faster_by": round(medians[best] / ms, 3)}
+            out["met"] = medians[best] / ms >= bar
+        return out
+
+
+def _timed(call: Call) -> tuple[float, Any]:
+    began = time.perf_counter()
+    result = call()
+    return time.perf_counter() - began, result
+
+
+def _rounds(elapsed: float) -> int:
+    return 1 if elapsed > _VERY_SLOW else 3 if elapsed > _SLOW else 7
+
+
+def _overlap(ids: Tensor, ours: Tensor) -> float:
+    """Share of our ids that a peer returned too; ties that it broke otherwise count against it."""
+    hits = sum(len(set(a) & set(b)) for a, b in zip(ids.tolist(), ours.tolist(), strict=True))
+    return hits / max(1, ours.numel())
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_scan(cell: Cell, benchmark: Any, record: Any, request: pytest.FixtureRequest) -> None:
+    rows = request.config.getoption("rows")
+    items = _table(cell.dtype, cell.r, rows)
+    queries = _queries(cell, items)
+    call = functools.partial(urm_kernels.score_topk, queries, items, cell.k)
+    with testing.peak_extra_memory() as peak:
+        first, result = _timed(call)
+    oracle = _oracle(cell.dtype, cell.r, cell.B, cell.M, rows)
+    testing.compare_topk(result, oracle, tolerance=_tolerance(queries, items))
+
+    contest = Contest(cell, rows, queries, result)
+    bandwidth, rate = [], []
+
+    def turn() -> None:
+        bandwidth.append(testing.read_bandwidth(rounds=1))
+        rate.append(testing.fma_rate(rounds=1))
+        contest.turn()
+        time.sleep(_PAUSE)
+
+    benchmark.pedantic(call, setup=turn, rounds=max(3, _rounds(first)), iterations=1)
+    seconds = _median(benchmark, first)
+    read = items.numel() * items.element_size() / seconds
+    operations = 2.0 * cell.B * cell.M * items.numel() / seconds
+    ceiling, fma = statistics.median(bandwidth), statistics.median(rate)
+    record(
+        {
+            "cell": str(cell),
+            "N": rows,
+            "ms": round(seconds * 1e3, 3),
+            "gb_per_s": round(read / 1e9, 2),
+            "read_ceiling_gb_per_s": round(ceiling / 1e9, 2),
+            "of_read_bandwidth": round(read / ceiling, 3),
+            "gflop_per_s": round(operations / 1e9, 2),
+            "fma_ceiling_gflop_per_s": round(fma / 1e9, 2),
+            "of_fma_rate": round(operations / fma, 3),
+            "extra_bytes": peak.bytes,
+            **contest.summary(seconds * 1e3),
+        }
+    )
+
+
+def _median(benchmark: Any, otherwise: float) -> float:
+    """Of the rounds; under --benchmark-disable there are none."""
+    return benchmark.stats.stats.median if benchmark.stats else otherwise
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_k_costs_little(dtype: str, benchmark: Any, record: Any, request: pytest.FixtureRequest) -> None:
+    rows = request.config.getoption("rows")
+    items = _table(dtype, 128, rows)
+    queries = testing.make_queries("decay", 1, 8, 128, seed=1, items=items)
+    many, few = (functools.partial(urm_kernels.score_topk, queries, items, k) for k in (1000, 10))
+    oracle = testing.full_scores(queries, items)
+    for call in (many, few):
+        testing.compare_topk(call(), oracle, tolerance=_tolerance(queries, items))
+    few_seconds: list[float] = []
+
+    def turn() -> None:
+        few_seconds.append(_timed(few)[0])
+
+    benchmark.pedantic(many, setup=turn, rounds=15, iterations=1)
+    seconds, short = _median(benchmark, _timed(many)[0]), statistics.median(few_seconds)
+    record(
+        {
+            "cell": f"{dtype} r=128 B=1 M=8 k=1000 over k=10",
+            "N": rows,
+            "ms": round(seconds * 1e3, 3),
+            "k10_ms": round(short * 1e3, 3),
+            "ratio": round(seconds / short, 3),
+            "bar": f"<= {BARS['k=1000 over k=10']:g}x, is {seconds / short:.2f}x",
+            "met": seconds / short <= BARS["k=1000 over k=10"],
+        }
+    )
+
+
+def test_small_call(benchmark: Any, record: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole call, and what of it is ours in Python: score_topk with the op (dispatcher and backend) taken out."""
+    items = testing.make_items("decay", 1000, 64, seed=0)
+    queries = testing.make_queries("decay", 1, 1, 64, seed=1, items=items)
+    call = functools.partial(urm_kernels.score_topk, queries, items, 10)
+    result = call()
+    testing.compare_topk(result, testing.full_scores(queries, items), tolerance=_tolerance(queries, items))
+
+    def plain_torch() -> Any:
+        return torch.topk((queries @ items.T).amax(1), 10)
+
+    def op_alone() -> Any:
+        return scoring.ops.score_topk(queries, items, 10, None, "max", None, None, None, True, False, "")
+
+    calls: dict[str, Call] = {"whole": call, "op": op_alone, "torch": plain_torch}
+    micros: dict[str, list[float]] = {name: [] for name in (*calls, "checks")}
+
+    def turn() -> None:
+        for name, one in calls.items():
+            time.sleep(_PAUSE)
+            micros[name].append(_micros(one))
+        with monkeypatch.context() as patch:
+            patch.setattr(scoring.ops, "score_topk", lambda *_: (result.scores, result.ids))
+            micros["checks"].append(_micros(call))
+
+    benchmark.pedantic(call, setup=turn, rounds=9, iterations=1)
+    whole, op, peer, checks = (statistics.median(micros[name]) for name in ("whole", "op", "torch", "checks"))
+    bars = BARS["small call, us"], BARS["small call, Python checks, us"]
+    common = {"N": 1000, "best_peer": "torch matmul, amax, topk", "best_peer_ms": peer / 1e3, "faster_by": peer / whole}
+    record(
+        {
+            "cell": "small call: N=1000 r=64 B=M=1 k=10",
+            "ms": whole / 1e3,
+            "op_and_backend_us": op,
+            **common,
+            "bar": f"<= {bars[0]:g} us",
+            "met": whole <= bars[0],
+        }
+    )
+    record(
+        {
+            "cell": "small call: Python above the op alone",
+            "ms": checks / 1e3,
+            "share_of_whole": checks / whole,
+            "bar": f"<= {bars[1]:g} us",
+            "met": checks <= bars[1],
+        }
+    )
+
+
+def _micros(call: Call, calls: int = 300) -> float:
+    return timeit.timeit(call, number=calls) / calls * 1e6
+
+
+_IMPORT = "import time, torch; began = time.perf_counter(); import urm_kernels; print(time.perf_counter() - began)"
+
+
+def test_import_time(benchmark: Any, record: Any) -> None:
+    """What importing urm_kernels adds once torch is there; each in a process of its own."""
+    seconds: list[float] = []
+
+    def once() -> None:
+        run = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, timeout=120, check=True)
+        seconds.append(float(run.stdout))
+
+    benchmark.pedantic(once, rounds=5, iterations=1, warmup_rounds=1)
+    median = statistics.median(seconds[-5:])
+    bar = BARS["import, s"]
+    record({"cell": "import after torch", "ms": median * 1e3, "bar": f"<= {bar:g} s", "met": median <= bar})
+
+
+# In a fresh process: memory that an allocator kept from earlier cells would hide what the call takes.
+_MEMORY = """
+import sys, torch, urm_kernels
+from urm_kernels import testing
+rows, r = int(sys.argv[1]), int(sys.argv[2])
+items = testing.make_items("decay", rows, r, seed=0)
+queries = testing.make_queries("decay", 8, 8, r, seed=1, items=items)
+urm_kernels.score_topk(queries[:1], items[:1000], 10)
+with testing.peak_extra_memory() as peak:
+    scores, ids = urm_kernels.score_topk(queries, items, 1000)
+assert torch.equal(scores.sort(1, descending=True).values, scores), "scores are not in order"
+dots = torch.einsum("bmr,bkr->bmk", queries.double(), items[ids].double()).amax(1)
+assert torch.allclose(dots, scores.double(), rtol=1e-5, atol=1e-5), "scores are wrong"
+print(peak.bytes)
+"""
+
+
+@pytest.mark.memory
+def test_extra_memory(benchmark: Any, record: Any, request: pytest.FixtureRequest) -> None:
+    rows, r = 10 * request.config.getoption("rows"), 32
+    peaks: list[str] = []
+
+    def once() -> None:
+        command = [sys.executable, "-c", _MEMORY, str(rows), str(r)]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr
+        peaks.append(run.stdout.strip())
+
+    benchmark.pedantic(once, rounds=1, iterations=1)
+    extra = None if peaks[0] == "None" else int(peaks[0])
+    bar = BARS["extra MiB at N=1e7"]
+    record(
+        {
+            "cell": f"extra memory: N={rows:.0e} r={r} B=8 M=8 k=1000",
+            "extra_bytes": extra,
+            "bar": f"< {bar:g} MiB",
+            "met": None if extra is None else extra < bar * 2**20,
+        }
+    )

@@ -1,0 +1,24 @@
+// urm_kernels._cuda: imports without a driver and says what is missing.
+#include <pybind11/pybind11.h>
+
+#include "../cuda/device.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels of urm_kernels; use the package, not this module.";
+  m.def(
+      "report",
+      [] {
+        const urm::CudaReport report = urm::cuda_report();
+        return py::make_tuple(report.runtime_version, report.driver_version, report.devices, report.problem);
+      },
+      "(runtime version, driver version, devices, problem or '').");
+  m.def(
+      "read_bandwidth",
+      [](uintptr_t data, int64_t count, uintptr_t stream) {
+        const py::gil_scoped_release released;
+        return urm::cuda_read_bandwidth(data, count, stream);
+      },
+      "Bytes a second of one read of `count` floats at a device address.");
+}

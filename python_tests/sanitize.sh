@@ -1,0 +1,31 @@
+#!/bin/sh
+# sanitize.sh KIND BIN: builds the CPU extension with -fsanitize=KIND beside the real one and runs the tests of values,
+# shapes, bits and concurrency on it.
+set -eu
+kind=$1
+bin=$(cd "$2" && pwd)
+top=$(cd "$(dirname "$0")/.." && pwd)
+build=$top/build/sanitize-$kind
+
+PATH=$bin:$PATH cmake -S "$top" -B "$build" -G Ninja -DURM_SANITIZE="$kind" -DURM_CUDA=OFF \
+  -Dpybind11_DIR="$("$bin/python" -m pybind11 --cmakedir)" -DPython_EXECUTABLE="$bin/python" >"$build.log" 2>&1 ||
+  { cat "$build.log"; exit 1; }
+PATH=$bin:$PATH cmake --build "$build"
+
+# A copy of the package with the instrumented extension, found before the installed one.
+rm -rf "$build/package"
+mkdir -p "$build/package"
+cp -r "$top/urm_kernels" "$build/package/"
+rm -f "$build"/package/urm_kernels/_c*.so
+cp "$build"/_cpu*.so "$build/package/urm_kernels/"
+
+case $kind in
+address) runtime=$(g++ -print-file-name=libasan.so) ;;
+undefined) runtime=$(g++ -print-file-name=libubsan.so) ;;
+thread) runtime=$(g++ -print-file-name=libtsan.so) ;;
+esac
+# libstdc++ beside it: exceptions thrown across the extension need the interceptor to find the real one.
+LD_PRELOAD="$runtime $(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+  UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$build/package" URM_TEST_SANITIZED="$kind" \
+  "$bin/python" -m pytest -q -p no:cacheprovider "$top"/python_tests/test_bits.py "$top"/python_tests/test_values.py \
+  "$top"/python_tests/test_shapes.py "$top"/python_tests/test_gradients.py "$top"/python_tests/test_concurrency.py

@@ -1,0 +1,54 @@
+"""Which backend runs a call, and why the others do not."""
+
+from __future__ import annotations
+
+import logging
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import cpu, reference
+
+log = logging.getLogger("urm_kernels")
+
+# Preferred first.
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+
+_said: set[str] = set()
+
+
+def choose(queries: Tensor, items: Tensor, bias: Tensor | None, requested: str) -> ModuleType:
+    """The backend of a call: the one asked for (argument, then URM_BACKEND), else the first that can do it.
+
+    Raises ValueError where the one asked for cannot, with its reason; a preferred backend that declines on its own
+    ground says why, once, in the log.
+    """
+    requested = requested or os.environ.get("URM_BACKEND", "")
+    dtypes = {queries.dtype, items.dtype} if bias is None else {queries.dtype, items.dtype, bias.dtype}
+    if requested:
+        if requested not in BACKENDS:
+            raise ValueError(f"backend: one of {', '.join(BACKENDS)} is wanted, {requested!r} came")
+        reason = BACKENDS[requested].why_not(items.device, dtypes)
+        if reason:
+            raise ValueError(f"backend: {requested!r} cannot run this call: {reason}")
+        return BACKENDS[requested]
+    for name, backend in BACKENDS.items():
+        reason = backend.why_not(items.device, dtypes)
+        if reason is None:
+            return backend
+        _say_once(f"backend {name} declines: {reason}")
+    raise AssertionError("the reference backend takes every call")
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        log.info(message)
+
+
+def describe() -> list[tuple[str, str]]:
+    """(backend, "usable" or the reason why not) for float32 on this machine's CPU."""
+    where = torch.device("cpu")
+    return [(name, b.why_not(where, {torch.float32}) or "usable") for name, b in BACKENDS.items()]
