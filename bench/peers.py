@@ -99,6 +99,7 @@ def _faiss(items: Tensor, quantized: bool) -> Any:
         raise SkipError(f"faiss is not installed ({error})") from error
     faiss.omp_set_num_threads(torch.get_num_threads())
     r = items.shape[1]
+    index: Any
     if quantized:
         index = faiss.IndexScalarQuantizer(r, faiss.ScalarQuantizer.QT_bf16, faiss.METRIC_INNER_PRODUCT)
     else:

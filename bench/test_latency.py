@@ -1,7 +1,8 @@
 """Latency of score_topk on the CPU beside exact peers, ceilings and bars; `make bench`.
 
 A cell's result is checked against float64 before anything is timed: a wrong result fails the run, a missed bar is
-shown as missed and does not. Ours and the peers take turns in one process; medians are reported. Data kind: decay.
+shown as missed and does not. Ours and the peers take turns in one process; medians are reported. A peer that needs
+more than 1.5 s a call is called once, just before the turns (`peer_rounds` says so). Data kind: decay.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ BARS = {
 }
 
 _SLOW, _VERY_SLOW = 0.5, 1.5  # seconds a call: three rounds above the first, one above the second
+# Seconds a call, and three times the fastest exact peer (which therefore stays): not waited for at the larger k.
+_HOPELESS = 5.0
 _PAUSE = 0.005  # seconds: the thread pools of the one before have stopped spinning by then
 
 Call = Callable[[], Any]
@@ -84,7 +87,9 @@ def _tolerance(queries: Tensor, items: Tensor) -> float:
     return float(longest) * (queries.shape[2] / 16 + 6) * 2.0**-24
 
 
-_chosen: dict[tuple[str, int, int, int, int, str], Peer] = {}  # the best variant of a family, by first k tried
+Key = tuple[str, int, int, int, int, str]
+_chosen: dict[Key, Peer] = {}  # the best variant of a family, by the first k tried
+_hopeless: dict[Key, str] = {}  # families too slow to be waited for at a larger k again, with the reason
 
 
 class Contest:
@@ -98,11 +103,15 @@ class Contest:
         self.exact: dict[str, bool] = {}
         self.agreement: dict[str, float] = {}
         families: dict[str, list[Peer]] = {}
+        tried: dict[Key, float] = {}
         for peer in PEERS:
             if peer.dtype == cell.dtype:
                 families.setdefault(peer.family, []).append(peer)
         for family, variants in families.items():
             key = (cell.dtype, cell.r, cell.B, cell.M, rows, family)
+            if key in _hopeless:
+                self.skipped[family] = _hopeless[key]
+                continue
             trials = {}
             for peer in [_chosen[key]] if key in _chosen else variants:
                 try:
@@ -118,6 +127,11 @@ class Contest:
             if trials:
                 best = _chosen[key] = min(trials, key=lambda peer: trials[peer][0])
                 self._admit(best, *trials[best])
+                tried[key] = trials[best][0]
+        fastest = min((tried[key] for key in tried if _chosen[key].exact), default=float("inf"))
+        for key, elapsed in tried.items():
+            if elapsed > max(_HOPELESS, 3 * fastest):
+                _hopeless[key] = f"{elapsed:.1f} s at k = {cell.k}: not waited for again at a larger k"
 
     def _admit(self, peer: Peer, elapsed: float, call: Call, agreement: float) -> None:
         self.calls[peer.name], self.exact[peer.name] = call, peer.exact
@@ -139,6 +153,7 @@ class Contest:
         out: dict[str, Any] = {
             "peers_ms": {name: round(value, 3) for name, value in medians.items()},
             "ratios": {name: round(value / ms, 3) for name, value in medians.items()},
+            "peer_rounds": {name: len(seconds) for name, seconds in self.seconds.items()},
             "peers_exact": self.exact,
             "agreement": self.agreement,
             "skipped": self.skipped,

@@ -9,7 +9,7 @@ from hypothesis import settings
 from urm_kernels.backends import select
 from urm_kernels.testing import available_backends, devices, forced
 
-settings.register_profile("urm", derandomize=True, deadline=None, max_examples=40, database=None)
+settings.register_profile("urm", derandomize=True, deadline=None, max_examples=30, database=None)
 settings.load_profile("urm")
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")

@@ -149,7 +149,7 @@ def test_a_bias_beside_a_table_that_has_one(device):
     from urm_kernels import ItemTable
 
     table = ItemTable(ITEMS.to(device), bias=torch.zeros(5, device=device))
-    with pytest.raises(ValueError, match="^bias: "):
+    with pytest.raises(ValueError, match=r"^bias: "):
         call(device, items=table, bias=torch.zeros(5))
 
 
@@ -162,20 +162,20 @@ def test_every_backend_checks_exclude(backend, device):
 @pytest.mark.parametrize("text", ["sse", "AVX2", "avx2 ", "portable,avx2"])
 def test_an_unknown_instruction_set(monkeypatch, text):
     monkeypatch.setenv("URM_CPU_ISA", text)
-    with pytest.raises(ValueError, match="^URM_CPU_ISA: .*portable"):
+    with pytest.raises(ValueError, match=r"^URM_CPU_ISA: .*portable"):
         score_topk(QUERIES, ITEMS, 2, backend="cpu")
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", " ", "\N{SUPERSCRIPT TWO}", "99999999999", "1" * 5000])
 def test_bad_thread_counts(monkeypatch, text):
     monkeypatch.setenv("URM_NUM_THREADS", text)
-    with pytest.raises(ValueError, match="^URM_NUM_THREADS: "):
+    with pytest.raises(ValueError, match=r"^URM_NUM_THREADS: "):
         score_topk(QUERIES, ITEMS, 2, backend="cpu")
 
 
 def test_an_unknown_backend_in_the_environment(monkeypatch):
     monkeypatch.setenv("URM_BACKEND", "tpu")
-    with pytest.raises(ValueError, match="^backend: .*'tpu' came"):
+    with pytest.raises(ValueError, match=r"^backend: .*'tpu' came"):
         score_topk(QUERIES, ITEMS, 2)
 
 
@@ -277,10 +277,10 @@ def test_without_the_extension_the_reference_runs_and_says_so_once(unbuilt, capl
 
 
 def test_without_the_extension_backend_cpu_is_refused_in_words(unbuilt, monkeypatch):
-    with pytest.raises(ValueError, match="^backend: 'cpu' cannot run.*not built"):
+    with pytest.raises(ValueError, match=r"^backend: 'cpu' cannot run.*not built"):
         score_topk(QUERIES, ITEMS, 2, backend="cpu")
     monkeypatch.setenv("URM_BACKEND", "cpu")
-    with pytest.raises(ValueError, match="^backend: 'cpu' cannot run.*not built"):
+    with pytest.raises(ValueError, match=r"^backend: 'cpu' cannot run.*not built"):
         score_topk(QUERIES, ITEMS, 2)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 REDUCTIONS = ("max", "sum", "mean", "logsumexp")
 MAX_ROWS = 2**32 - 1  # rows are 32 bits of a 64-bit key
+MAX_COUNT = 2**63 - 1  # a signed 64-bit size
 
 
 def _shape(tensor: Tensor) -> list[int]:
@@ -68,14 +69,31 @@ def items(items: Tensor, queries: Tensor) -> int:
 
 
 def count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    """A size as int: whatever Python takes for an index, except truth values."""
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        truth = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
         try:
-            value = operator.index(value)
+            index = None if truth else operator.index(value)
         except TypeError:
-            raise TypeError(f"{name}: an integer is wanted, {type(value).__name__} came") from None
-    if value < 0:
-        raise ValueError(f"{name}: 0 or more is wanted, {value} came")
+            index = None
+        if index is None:
+            raise TypeError(f"{name}: an integer is wanted, {value!r} of type {type(value).__name__} came")
+        value = index
+    if value < 0 or value > MAX_COUNT:
+        raise ValueError(f"{name}: an integer from 0 to {MAX_COUNT} is wanted, {value} came")
     return value
+
+
+def flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: True or False is wanted, {value!r} came")
+
+
+def backend(backend: str | None) -> str:
+    """The name, "" for a free choice; which names there are is the op's to know."""
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend: a name or None is wanted, {backend!r} came")
+    return backend or ""
 
 
 def reduce(reduce: str) -> None:

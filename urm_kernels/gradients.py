@@ -35,11 +35,12 @@ def topk_gradients(
     for first in range(0, users, step):
         part = slice(first, first + step)
         exists = None if query_mask is None else query_mask[part]
-        pads = ids[part] < 0
+        # What takes no part is cut out, not multiplied by zero: 0 x inf would be NaN.
+        idle = (ids[part] < 0) | (grad_scores[part] == 0)
         weight = _weights(queries[part], items, ids[part], exists, reduce, candidate_dots).to(dtype)
-        weight = weight * grad_scores[part].masked_fill(pads, 0)[:, None]
-        taken = items[ids[part].clamp(min=0)].to(dtype).masked_fill(pads[..., None], 0)
-        grad_queries[part] = weight @ taken
+        weight = (weight * grad_scores[part][:, None]).masked_fill(idle[:, None], 0)
+        taken = items[ids[part].clamp(min=0)].to(dtype).masked_fill(idle[..., None], 0)
+        grad_queries[part] = _existing(weight @ taken, exists)
         if rows:
             grad_rows[part] = weight.transpose(1, 2) @ _existing(queries[part], exists).to(dtype)
     return grad_queries, grad_rows
@@ -85,5 +86,5 @@ def dense_rows(ids: Tensor, values: Tensor, rows: int) -> Tensor:
 def sparse_rows(ids: Tensor, values: Tensor, rows: int) -> Tensor:
     """The same as a coalesced COO tensor that holds the rows of ``ids`` only."""
     kept = ids >= 0
-    out = torch.sparse_coo_tensor(ids[kept][None], values[kept], (rows, *values.shape[2:]))
+    out = torch.sparse_coo_tensor(ids[kept][None], values[kept], (rows, *values.shape[2:]), check_invariants=False)
     return out.coalesce()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import gradients
 from .backends import select
+from .float_mode import default_float_mode
 
 _library = torch.library.Library("urm_kernels", "DEF")
 
@@ -43,7 +44,16 @@ def _score_topk(
     chosen = select.choose(queries, items, bias, backend)
     if exclude is not None:
         _check_exclude(exclude, items.shape[0])
-    return chosen.score_topk(queries, items, k, query_mask, reduce, bias, mask, exclude, sorted)
+    try:
+        return chosen.score_topk(queries, items, k, query_mask, reduce, bias, mask, exclude, sorted)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        raise MemoryError(f"score_topk: no memory for {queries.shape[0]} users with k = {k}: {error}") from error
+
+
+# torch's CPU allocator has no exception of its own.
+_NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
 
 
 def _check_exclude(exclude: Tensor, rows: int) -> None:
@@ -72,9 +82,7 @@ def _score_topk_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     chosen = select.choose(queries, items, None, backend)
-    return gradients.topk_gradients(
-        grad_scores, ids, queries, items, query_mask, reduce, rows, chosen.candidate_dots
-    )
+    return gradients.topk_gradients(grad_scores, ids, queries, items, query_mask, reduce, rows, chosen.candidate_dots)
 
 
 def _score_topk_backward_fake(grad_scores, ids, queries, items, query_mask, reduce, rows, backend):
@@ -106,6 +114,10 @@ def _backward(ctx, grad_scores: Tensor, _grad_ids: None):
     return grad_queries, grad_items, None, None, None, grad_bias, None, None, None, None, None
 
 
+def _no_second_derivative(ctx, *_grads):
+    raise RuntimeError("score_topk: second derivatives are not available; detach the gradient, or score in plain torch")
+
+
 for _name, _implementation, _fake in (
     ("score_topk", _score_topk, _score_topk_fake),
     ("score_topk_no_grad", _score_topk, _score_topk_fake),
@@ -114,6 +126,8 @@ for _name, _implementation, _fake in (
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"urm_kernels::{_name}", _fake, lib=_library)
 torch.library.register_autograd("urm_kernels::score_topk", _backward, setup_context=_setup_context, lib=_library)
+
+torch.library.register_autograd("urm_kernels::score_topk_backward", _no_second_derivative, lib=_library)
 
 _with_grad = torch.ops.urm_kernels.score_topk.default
 _no_grad = torch.ops.urm_kernels.score_topk_no_grad.default

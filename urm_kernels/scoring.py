@@ -89,7 +89,10 @@ def score_topk(
     checks.bias(bias, rows, queries.device)
     checks.mask(mask, users, rows, queries.device)
     checks.exclude(exclude, users, queries.device)
+    checks.flag("sorted", sorted)
+    checks.flag("sparse_grad", sparse_grad)
+    backend = checks.backend(backend)
     scores, ids = ops.score_topk(
-        queries, items, k, query_mask, reduce, bias, mask, exclude, sorted, sparse_grad, backend or ""
+        queries, items, k, query_mask, reduce, bias, mask, exclude, sorted, sparse_grad, backend
     )
     return TopK(scores, ids)

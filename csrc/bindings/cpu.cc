@@ -1,4 +1,5 @@
 // urm_kernels._cpu: addresses, sizes and strides in, nothing of torch. The GIL is released while kernels run.
+#include <pthread.h>
 #include <pybind11/pybind11.h>
 
 #include <chrono>
@@ -18,6 +19,14 @@ constexpr int kMostThreads = 4096;
 template <class T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+unsigned long main_thread = 0;
+
+void find_main_thread() {
+  main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+  // The thread that forks is the child's main thread.
+  pthread_atfork(nullptr, nullptr, [] { main_thread = PyThread_get_thread_ident(); });
 }
 
 py::list instruction_sets() {
@@ -86,12 +95,15 @@ void score_topk(const Queries& queries, const Matrix& items, const Matrix& bias,
   using Clock = std::chrono::steady_clock;
   auto asked = Clock::now();
   bool signalled = false;
-  request.interrupted = [&] {
-    if (Clock::now() - asked < std::chrono::milliseconds(50)) return false;
-    asked = Clock::now();
-    const py::gil_scoped_acquire gil;
-    return signalled = PyErr_CheckSignals() != 0;
-  };
+  // Python runs signal handlers on the main thread only; the others, which may outlive the interpreter, leave its lock
+  // be.
+  if (PyThread_get_thread_ident() == main_thread)
+    request.interrupted = [&] {
+      if (Clock::now() - asked < std::chrono::milliseconds(50)) return false;
+      asked = Clock::now();
+      const py::gil_scoped_acquire gil;
+      return signalled = PyErr_CheckSignals() != 0;
+    };
   {
     const py::gil_scoped_release released;
     urm::scan_topk(request);
@@ -103,6 +115,7 @@ void score_topk(const Queries& queries, const Matrix& items, const Matrix& bias,
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of urm_kernels; use the package, not this module.";
+  find_main_thread();
   m.def("instruction_sets", &instruction_sets, "Usable instruction sets, best first.");
   m.def("instruction_set", [] { return chosen_kernels().name; }, "The one in use: URM_CPU_ISA, or the best.");
   m.def("threads", &chosen_threads, "Threads a call may use: URM_NUM_THREADS, or the number given (torch's).");

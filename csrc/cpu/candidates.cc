@@ -4,12 +4,14 @@
 #include <atomic>
 
 #include "aligned.h"
+#include "float_environment.h"
 #include "thread_pool.h"
 
 namespace urm {
 
 void candidate_dots(const QueriesView& queries, const MatrixView& items, const int64_t* candidates, int64_t count,
                     int threads, const Kernels& kernels, float* out) {
+  const DefaultFloatEnvironment environment;
   const int64_t padded = round_up(std::max<int64_t>(queries.r, 1), kLanes), m = queries.queries;
   const PackedQueries packed = pack_queries(queries, Reduce::kMax, 0, queries.users, padded);
   const int64_t tiles = (count + kLanes - 1) / kLanes, tasks = queries.users * tiles;

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "aligned.h"
+#include "float_environment.h"
 #include "thread_pool.h"
 #include "topk_buffer.h"
 
@@ -228,6 +229,7 @@ bool scan_group(const ScanRequest& request, int64_t first, int64_t last, int64_t
 }  // namespace
 
 bool scan_topk(const ScanRequest& request) {
+  const DefaultFloatEnvironment environment;
   const QueriesView& queries = request.queries;
   const int64_t padded = round_up(std::max<int64_t>(queries.r, 1), kLanes);
   const int64_t per_user = std::max<int64_t>(1, queries.queries);

@@ -115,7 +115,6 @@ Pool& pool() {
 }  // namespace
 
 void run_parallel(int threads, const std::function<void(int)>& body) {
-  const DefaultFloatEnvironment environment;
   if (threads <= 1) body(0);
   else pool().run(threads, body);
 }

@@ -16,7 +16,8 @@ void check(cudaError_t error) {
 constexpr int kThreads = 512;
 constexpr int kBlocksPerProcessor = 4;
 
-// Each thread sums float4s a grid apart; the sum is stored only if it is NaN-free and impossible, so that the reads stay.
+// Each thread sums float4s a grid apart; the sum is stored only if it is NaN-free and impossible, so that the reads
+// stay.
 __global__ void read_all(const float4* data, int64_t count, float* never) {
   float total = 0.0f;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;

@@ -70,7 +70,7 @@ def score_topk(
     users = queries.shape[0]
     queries = queries.contiguous()
     query_mask = None if query_mask is None else query_mask.contiguous()
-    scores, ids = _results(users, k)
+    scores, ids = torch.empty((users, k)), torch.empty((users, k), dtype=torch.int64)
     bias_view = _NO_MATRIX
     if bias is not None:
         bias_view = (bias.data_ptr(), _DTYPES[bias.dtype], 1, bias.shape[0], 0, bias.stride(0))
@@ -107,13 +107,6 @@ def candidate_dots(queries: Tensor, items: Tensor, candidates: Tensor) -> Tensor
         out.data_ptr(),
     )
     return out
-
-
-def _results(users: int, k: int) -> tuple[Tensor, Tensor]:
-    try:
-        return torch.empty((users, k)), torch.empty((users, k), dtype=torch.int64)
-    except RuntimeError as error:  # torch's CPU allocator has no exception of its own
-        raise MemoryError(f"score_topk: no memory for the result of {users} users x k = {k}: {error}") from error
 
 
 def _queries(queries: Tensor, query_mask: Tensor | None) -> tuple[int, int, int, int, int]:

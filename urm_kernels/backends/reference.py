@@ -8,11 +8,10 @@ float64 input is computed by torch's own float64 operations and is for gradient 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
+
+from ..float_mode import default_float_mode
 
 LANES = 16
 _CHUNK_DOTS = 1 << 18  # dots [B, M, rows] held at a time
@@ -73,9 +72,7 @@ def canonical_exp(x: Tensor) -> Tensor:
     n = fma32(x, _constant(1.44269504088896341, x), magic) - magic
     f = fma32(n, _constant(-0.693359375, x), x)
     f = fma32(n, _constant(2.12194440e-4, x), f)
-    p = _polynomial(
-        (1.98412698e-4, 1.38888889e-3, 8.33333333e-3, 4.16666667e-2, 1.66666667e-1, 0.5, 1.0, 1.0), f
-    )
+    p = _polynomial((1.98412698e-4, 1.38888889e-3, 8.33333333e-3, 4.16666667e-2, 1.66666667e-1, 0.5, 1.0, 1.0), f)
     scale = ((n.to(torch.int32) + 127) << 23).view(torch.float32)
     return (p * scale).masked_fill(small, 0.0)
 
@@ -106,7 +103,9 @@ def canonical_log_sum_exp(dots: Tensor, exists: Tensor) -> Tensor:
 
 def combine_queries(queries: Tensor, exists: Tensor, reduce: str) -> tuple[Tensor, Tensor]:
     """sum and mean are linear: one query a user, the existing ones added in ascending m, divided once by their number."""
-    total = torch.zeros_like(queries[:, 0]) if queries.shape[1] else queries.new_zeros(queries.shape[0], queries.shape[2])
+    total = (
+        torch.zeros_like(queries[:, 0]) if queries.shape[1] else queries.new_zeros(queries.shape[0], queries.shape[2])
+    )
     for m in range(queries.shape[1]):
         total = torch.where(exists[:, m, None], total + queries[:, m], total)
     if reduce == "mean":
@@ -135,7 +134,7 @@ def score_topk(
     sorted: bool,
 ) -> tuple[Tensor, Tensor]:
     """See urm_kernels.score_topk: chunks of rows are scored and merged into the best k so far."""
-    with _denormals(queries.device):
+    with default_float_mode(queries.device):
         users, _, _ = queries.shape
         dtype = torch.float64 if torch.float64 in (queries.dtype, items.dtype) else torch.float32
         queries = queries.to(dtype)
@@ -192,27 +191,6 @@ def _merge(best_scores: Tensor, best_ids: Tensor, scores: Tensor, ids: Tensor, k
 
 def candidate_dots(queries: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
     """[B, M, C] canonical dots of every query with the user's candidate rows [B, C]; -1 counts as a zero row."""
-    with _denormals(queries.device):
+    with default_float_mode(queries.device):
         rows = items[candidates.clamp(min=0)].masked_fill((candidates < 0)[..., None], 0)
         return canonical_dots(queries[:, :, None], rows[:, None])
-
-
-@contextlib.contextmanager
-def _denormals(device: torch.device) -> Iterator[None]:
-    """Denormals are numbers in here, whatever mode the caller's thread is in.
-
-    The mode belongs to a thread and torch's workers inherit it when they start, so where it is found on, the region
-    also stays on one thread.
-    """
-    smallest = 5e-324
-    if device.type != "cpu" or smallest * 1.0 > 0.0:
-        yield
-        return
-    count = torch.get_num_threads()
-    torch.set_flush_denormal(False)
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
-        torch.set_flush_denormal(True)
