@@ -1,8 +1,8 @@
 """torch.library ops: schema, fake and autograd side by side; the work is done by a backend.
 
-Registered with ``Library.define`` and ``impl``, which cost a call less than ``custom_op``. An autograd formula written in
-Python costs every call a second crossing of the dispatcher, about as much as a small scan itself; calls that need no
-gradient therefore go to an op without one.
+Registered with ``Library.define`` and ``impl``, which cost a call less than ``custom_op``. An autograd formula written
+in Python costs every call a second crossing of the dispatcher, about as much as a small scan itself; calls that need
+no gradient therefore go to an op without one.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ def _score_topk_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     chosen = select.choose(queries, items, None, backend)
-    return gradients.topk_gradients(grad_scores, ids, queries, items, query_mask, reduce, rows, chosen.candidate_dots)
+    with default_float_mode(queries.device):
+        return gradients.topk_gradients(
+            grad_scores, ids, queries, items, query_mask, reduce, rows, chosen.candidate_dots
+        )
 
 
 def _score_topk_backward_fake(grad_scores, ids, queries, items, query_mask, reduce, rows, backend):

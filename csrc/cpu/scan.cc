@@ -18,6 +18,7 @@ constexpr int64_t kDirectQueries = 8;            // up to here rows are read as 
 constexpr int64_t kWorkPerThread = 1 << 18;      // multiply-adds that pay for waking a thread
 constexpr int64_t kAheadTiles = 2;               // distance of the software prefetch
 constexpr int64_t kChunkRows = 4096;             // rows handed out at a time
+constexpr int64_t kCachedBytes = 1 << 20;  // a table that stays in the second-level cache gains nothing by prefetching
 constexpr int64_t kCacheLine = 64;
 
 // What all threads of one group's scan share.
@@ -114,7 +115,9 @@ class Scanner {
   Ahead ahead(int64_t row, int64_t count) const {
     const MatrixView& items = request_.items;
     if (items.column_stride != 1 || items.row_stride != items.columns || row + count > items.rows) return {nullptr, 0};
-    return {row_address(items, row), count * items.columns * element_bytes(items.dtype) / kCacheLine};
+    const int64_t row_bytes = items.columns * element_bytes(items.dtype);
+    if (items.rows * row_bytes <= kCachedBytes) return {nullptr, 0};
+    return {row_address(items, row), count * row_bytes / kCacheLine};
   }
 
   // Scores of one tile for every user, and what may still win into the user's buffer.
@@ -204,7 +207,8 @@ bool scan_group(const ScanRequest& request, int64_t first, int64_t last, int64_t
   }
   group.threads = useful_threads(request, queries, padded);
   const int64_t wide = request.kernels->panel_rows;
-  group.chunk_rows = round_up(std::clamp<int64_t>(n / (8 * group.threads), 1, kChunkRows), wide);
+  const int64_t share = group.threads == 1 ? n : n / (8 * group.threads);
+  group.chunk_rows = round_up(std::clamp<int64_t>(share, 1, kChunkRows), wide);
   group.capacity = topk_buffer_capacity(std::min(request.k, n), n);
   group.keys.resize(users * group.threads * group.capacity);
   group.floors = AlignedVector<std::atomic<uint64_t>>(users);

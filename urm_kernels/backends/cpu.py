@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
 from types import ModuleType
 
 import torch
@@ -30,7 +31,7 @@ def extension() -> ModuleType:
     return _extension
 
 
-def why_not(device: torch.device, dtypes: set[torch.dtype]) -> str | None:
+def why_not(device: torch.device, dtypes: Collection[torch.dtype]) -> str | None:
     """None where this backend can run, else the reason."""
     if device.type != "cpu":
         return f"tensors are on {device}"

@@ -8,6 +8,8 @@ float64 input is computed by torch's own float64 operations and is for gradient 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ LANES = 16
 _CHUNK_DOTS = 1 << 18  # dots [B, M, rows] held at a time
 
 
-def why_not(device: torch.device, dtypes: set[torch.dtype]) -> str | None:
+def why_not(device: torch.device, dtypes: Collection[torch.dtype]) -> str | None:
     """None: the reference takes every call."""
     return None
 
@@ -102,7 +104,7 @@ def canonical_log_sum_exp(dots: Tensor, exists: Tensor) -> Tensor:
 
 
 def combine_queries(queries: Tensor, exists: Tensor, reduce: str) -> tuple[Tensor, Tensor]:
-    """sum and mean are linear: one query a user, the existing ones added in ascending m, divided once by their number."""
+    """One query a user, as sum and mean are linear: the existing ones added in ascending m, divided by their number."""
     total = (
         torch.zeros_like(queries[:, 0]) if queries.shape[1] else queries.new_zeros(queries.shape[0], queries.shape[2])
     )

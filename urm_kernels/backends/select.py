@@ -25,9 +25,8 @@ def choose(queries: Tensor, items: Tensor, bias: Tensor | None, requested: str) 
     Raises ValueError where the one asked for cannot, with its reason; a preferred backend that declines on its own
     ground says why, once, in the log.
     """
-    requested = requested or os.environ.get("URM_BACKEND", "")
-    dtypes = {queries.dtype, items.dtype} if bias is None else {queries.dtype, items.dtype, bias.dtype}
-    if requested:
+    dtypes = (queries.dtype, items.dtype) if bias is None else (queries.dtype, items.dtype, bias.dtype)
+    if requested := requested or os.environ.get("URM_BACKEND", ""):
         if requested not in BACKENDS:
             raise ValueError(f"backend: one of {', '.join(BACKENDS)} is wanted, {requested!r} came")
         reason = BACKENDS[requested].why_not(items.device, dtypes)
@@ -51,4 +50,4 @@ def _say_once(message: str) -> None:
 def describe() -> list[tuple[str, str]]:
     """(backend, "usable" or the reason why not) for float32 on this machine's CPU."""
     where = torch.device("cpu")
-    return [(name, b.why_not(where, {torch.float32}) or "usable") for name, b in BACKENDS.items()]
+    return [(name, b.why_not(where, (torch.float32,)) or "usable") for name, b in BACKENDS.items()]

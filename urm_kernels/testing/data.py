@@ -20,7 +20,7 @@ KINDS = (
 )  # fmt: skip
 
 
-def make_items(kind: str, N: int, r: int, seed: int) -> Tensor:  # noqa: N803
+def make_items(kind: str, N: int, r: int, seed: int) -> Tensor:
     """float32 item factors [N, r].
 
     iid: N(0, 1). clustered: one of N / 500 centres, drawn by a Zipf(0.8) law, + 0.5 N(0, 1), times exp(0.3 N(0, 1)) a
@@ -63,7 +63,7 @@ def make_items(kind: str, N: int, r: int, seed: int) -> Tensor:  # noqa: N803
     return _normal(N, r, random)
 
 
-def make_queries(kind: str, B: int, M: int, r: int, seed: int, items: Tensor) -> Tensor:  # noqa: N803
+def make_queries(kind: str, B: int, M: int, r: int, seed: int, items: Tensor) -> Tensor:
     """float32 queries [B, M, r] that go with `make_items(kind, N, r, ...)`, whose result `items` is."""
     random = _generator("queries", kind, B, M, r, seed)
     base = kind.partition(":")[2] or kind
