@@ -25,13 +25,17 @@ undefined) runtime=$(g++ -print-file-name=libubsan.so) ;;
 thread) runtime=$(g++ -print-file-name=libtsan.so) ;;
 esac
 # libstdc++ beside it: exceptions thrown across the extension need the interceptor to find the real one. The finder of the
-# editable install, which would win over PYTHONPATH, is taken out.
+# editable install, which would win over PYTHONPATH, is taken out, and the extension imported first: without it the tests
+# would skip. What runs on the reference alone is left out.
+cd "$build/package"
 LD_PRELOAD="$runtime $(g++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
-  UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$build/package" URM_TEST_SANITIZED="$kind" "$bin/python" -c '
+  UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$build/package" "$bin/python" -c '
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]
 import pytest
+import urm_kernels._cpu
+assert urm_kernels._cpu.__file__.startswith(sys.path[1]), urm_kernels._cpu.__file__
 sys.exit(pytest.main(sys.argv[1:]))' \
-  -q -p no:cacheprovider -k "not out_of_memory" \
+  -q -p no:cacheprovider -c "$top/pyproject.toml" --rootdir "$top" -k "not reference" \
   "$top"/python_tests/test_bits.py "$top"/python_tests/test_values.py "$top"/python_tests/test_shapes.py \
   "$top"/python_tests/test_gradients.py "$top"/python_tests/test_concurrency.py

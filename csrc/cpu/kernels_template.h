@@ -157,15 +157,22 @@ struct KernelsOf {
     }
   }
 
-  static uint32_t prune_max(const float* dots, int64_t stride, int64_t count, const float* bias, float threshold,
-                            float* scores) {
+  // The largest of a user's dots in each lane, and the lanes in which one is NaN.
+  static V largest_of(const float* dots, int64_t stride, int64_t count, uint32_t* nan) {
     V largest = V::load(dots);
-    uint32_t nan = V::unordered(largest);
+    *nan = V::unordered(largest);
     for (int64_t m = 1; m < count; ++m) {
       const V d = V::load(dots + m * stride);
-      nan |= V::unordered(d);
+      *nan |= V::unordered(d);
       largest = V::max(d, largest);
     }
+    return largest;
+  }
+
+  static uint32_t prune_max(const float* dots, int64_t stride, int64_t count, const float* bias, float threshold,
+                            float* scores) {
+    uint32_t nan;
+    const V largest = largest_of(dots, stride, count, &nan);
     return finish(largest, nan, bias, threshold, scores);
   }
 
@@ -183,13 +190,8 @@ struct KernelsOf {
   static uint32_t prune_log_sum_exp(const float* dots, int64_t stride, int64_t count, const float* bias,
                                     float threshold, float* scores) {
     constexpr float kSlack = 4e-6f;
-    V largest = V::load(dots);
-    uint32_t nan = V::unordered(largest);
-    for (int64_t m = 1; m < count; ++m) {
-      const V d = V::load(dots + m * stride);
-      nan |= V::unordered(d);
-      largest = V::max(d, largest);
-    }
+    uint32_t nan;
+    const V largest = largest_of(dots, stride, count, &nan);
     const float log_count = canonical_log(static_cast<float>(count)) + kSlack * 8;
     V bound = V::add(V::fma(V::abs(largest), V::broadcast(kSlack), largest), V::broadcast(log_count));
     if (bias) bound = V::add(bound, V::load(bias));

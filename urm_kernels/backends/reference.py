@@ -16,7 +16,7 @@ from torch import Tensor
 from ..float_mode import default_float_mode
 
 LANES = 16
-_CHUNK_DOTS = 1 << 18  # dots [B, M, rows] held at a time
+_CHUNK_DOTS = 1 << 16  # dots [B, M, rows] held at a time
 
 
 def why_not(device: torch.device, dtypes: Collection[torch.dtype]) -> str | None:
