@@ -45,9 +45,14 @@ const urm::Kernels& chosen_kernels() {
   throw py::value_error("URM_CPU_ISA: one of " + usable + " is usable here, '" + wanted + "' came");
 }
 
-int chosen_threads(int torch_threads) {
+const char* wanted_threads() {
   const char* wanted = std::getenv("URM_NUM_THREADS");
-  if (!wanted || !*wanted) return torch_threads;
+  return wanted && *wanted ? wanted : nullptr;
+}
+
+int chosen_threads(int torch_threads) {
+  const char* wanted = wanted_threads();
+  if (!wanted) return torch_threads;
   char* end;
   const long threads = std::strtol(wanted, &end, 10);
   if (*end || threads < 1 || threads > kMostThreads)
@@ -88,6 +93,7 @@ void score_topk(const Queries& queries, const Matrix& items, const Matrix& bias,
   request.k = k;
   request.sorted = sorted;
   request.threads = chosen_threads(torch_threads);
+  request.all_threads = wanted_threads() != nullptr;
   request.kernels = &chosen_kernels();
   request.scores = at<float>(scores);
   request.ids = at<int64_t>(ids);

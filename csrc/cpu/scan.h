@@ -20,6 +20,7 @@ struct ScanRequest {
   int64_t k = 0;
   bool sorted = true;
   int threads = 1;
+  bool all_threads = false;  // even where the work does not pay for waking them
   const Kernels* kernels = nullptr;
   std::function<bool()> interrupted;  // asked now and then on the calling thread
 

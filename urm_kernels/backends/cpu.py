@@ -51,7 +51,7 @@ def instruction_set() -> str:
 
 
 def threads() -> int:
-    """Threads a call may use: URM_NUM_THREADS, or torch's own number."""
+    """Threads of a call: exactly URM_NUM_THREADS, or at most torch's own number, fewer where a call is small."""
     return extension().threads(torch.get_num_threads())
 
 
