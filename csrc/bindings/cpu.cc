@@ -61,6 +61,15 @@ int chosen_threads(int torch_threads) {
   return static_cast<int>(threads);
 }
 
+urm::ScanMode chosen_scan() {
+  const char* wanted = std::getenv("URM_CPU_SCAN");
+  const std::string name = wanted && *wanted ? wanted : "auto";
+  if (name == "auto") return urm::ScanMode::kAuto;
+  if (name == "exact") return urm::ScanMode::kExact;
+  if (name == "bounded") return urm::ScanMode::kBounded;
+  throw py::value_error("URM_CPU_SCAN: one of auto, exact, bounded is wanted, '" + name + "' came");
+}
+
 using Matrix = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, int64_t>;  // address, dtype, sizes, strides
 
 urm::MatrixView view(const Matrix& m) {
@@ -95,6 +104,7 @@ void score_topk(const Queries& queries, const Matrix& items, const Matrix& bias,
   request.threads = chosen_threads(torch_threads);
   request.all_threads = wanted_threads() != nullptr;
   request.kernels = &chosen_kernels();
+  request.scan = chosen_scan();
   request.scores = at<float>(scores);
   request.ids = at<int64_t>(ids);
 

@@ -3,27 +3,54 @@
 
 #include <cstring>
 
+#if defined(URM_X86)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace urm {
 
 extern const Kernels kPortableKernels;
 #if defined(URM_X86)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const CheapScore kAmxCheapScore;
 #endif
 
 namespace {
 
+#if defined(URM_X86)
+// Linux gives a process the tiles' registers on request only, and refuses where signal stacks are too small for them.
+bool tiles_granted() {
+#if defined(SYS_arch_prctl)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 struct UsableKernels {
-  const Kernels* table[3];
+  const Kernels* table[4];
+#if defined(URM_X86)
+  Kernels amx = kAvx512Kernels;
+#endif
   int count = 0;
 
   UsableKernels() {
 #if defined(URM_X86)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      table[count++] = &kAvx512Kernels;
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+        __builtin_cpu_supports("amx-bf16") && tiles_granted()) {
+      amx.name = "amx";
+      amx.cheap = &kAmxCheapScore;
+      table[count++] = &amx;
+    }
+    if (avx512) table[count++] = &kAvx512Kernels;
     if (avx2) table[count++] = &kAvx2Kernels;
 #endif
     table[count++] = &kPortableKernels;

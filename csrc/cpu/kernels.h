@@ -8,15 +8,10 @@
 #include <cstdint>
 
 #include "../common/canonical_dot.h"
+#include "cheap_score.h"
 #include "views.h"
 
 namespace urm {
-
-// Cache lines that will be needed soon: fetched a few at a time between the arithmetic, so that neither waits.
-struct Ahead {
-  const char* address;
-  int64_t lines;
-};
 
 constexpr int kQueryGroup = 4;  // queries that a packed query panel interleaves
 
@@ -52,6 +47,17 @@ struct Kernels {
                         float* scores);
   uint32_t (*prune_log_sum_exp)(const float* dots, int64_t stride, int64_t count, const float* bias, float threshold,
                                 float* scores);
+
+  // One canonical dot.
+  float (*dot)(const float* x, const float* y, int64_t padded);
+
+  // Upper bounds of 16 scores from a user's `count` cheap dots of each (`stride` apart) and their slack, slack[q] *
+  // lengths[i]: the largest, plus relative * |largest| + offset (what the reduction adds), plus bias. Returns the lanes
+  // whose bound is not below `threshold`, and those that have none because their length is not finite.
+  uint32_t (*prune_bound)(const float* dots, int64_t stride, int64_t count, const float* slack, const float* lengths,
+                          float relative, float offset, const float* bias, float threshold);
+
+  const CheapScore* cheap;
 
   // Measured ceilings: sum of a buffer (count floats), and `steps` rounds of independent multiply-adds.
   float (*read_loop)(const float* data, int64_t count);

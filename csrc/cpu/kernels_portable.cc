@@ -66,11 +66,17 @@ struct Vector {
   static Vector add(const Vector& x, const Vector& y) {
     return each([&](int i) { return x.v[i] + y.v[i]; });
   }
+  static Vector subtract(const Vector& x, const Vector& y) {
+    return each([&](int i) { return x.v[i] - y.v[i]; });
+  }
   static Vector max(const Vector& x, const Vector& y) {
     return each([&](int i) { return x.v[i] > y.v[i] ? x.v[i] : y.v[i]; });
   }
   static Vector abs(const Vector& x) {
     return each([&](int i) { return std::fabs(x.v[i]); });
+  }
+  static Vector root(const Vector& x) {
+    return each([&](int i) { return std::sqrt(x.v[i]); });
   }
   static uint32_t unordered(const Vector& x) {
     return mask([&](int i) { return x.v[i] != x.v[i]; });

@@ -144,17 +144,32 @@ struct KernelsOf {
       for (int g = 0; g < V::kPanelBlocks; ++g) block.v[j][g].store(out + j * kPanelRows + g * kLanes);
   }
 
-  static void dots_of_panel(const float* panel, const float* query_panel, int64_t count, int64_t padded, Ahead ahead,
-                            float* out) {
-    const int64_t steps = padded / kLanes, groups = (count + kQueryGroup - 1) / kQueryGroup;
+  template <int J>
+  struct Width {
+    static constexpr int value = J;
+  };
+
+  // body(Width, packed queries, out) for every group of queries, as wide as the group is packed.
+  template <class Body>
+  static void for_query_groups(int64_t count, int64_t padded, Ahead ahead, const float* query_panel, float* out,
+                               Body body) {
+    const int64_t groups = (count + kQueryGroup - 1) / kQueryGroup;
     for (int64_t group = 0; group < groups; ++group, count -= kQueryGroup) {
       fetch(ahead, group, groups);
-      if (count > 2) dots_of_group<kQueryGroup>(panel, query_panel, steps, out);
-      else if (count == 2) dots_of_group<2>(panel, query_panel, steps, out);
-      else dots_of_group<1>(panel, query_panel, steps, out);
+      if (count > 2) body(Width<kQueryGroup>(), query_panel, out);
+      else if (count == 2) body(Width<2>(), query_panel, out);
+      else body(Width<1>(), query_panel, out);
       query_panel += kQueryGroup * padded;
       out += kQueryGroup * kPanelRows;
     }
+  }
+
+  static void dots_of_panel(const float* panel, const float* query_panel, int64_t count, int64_t padded, Ahead ahead,
+                            float* out) {
+    const int64_t steps = padded / kLanes;
+    for_query_groups(count, padded, ahead, query_panel, out, [=](auto width, const float* query, float* to) {
+      dots_of_group<decltype(width)::value>(panel, query, steps, to);
+    });
   }
 
   // The largest of a user's dots in each lane, and the lanes in which one is NaN.
@@ -186,14 +201,14 @@ struct KernelsOf {
     return ~(nan | V::less(score, V::broadcast(threshold))) & 0xFFFFu;
   }
 
-  // log-sum-exp <= max + log(count); kSlack covers the stated error of the canonical function and this sum's rounding.
+  // Exponentials are computed only where max + log(count), and room for rounding, reaches the threshold.
   static uint32_t prune_log_sum_exp(const float* dots, int64_t stride, int64_t count, const float* bias,
                                     float threshold, float* scores) {
-    constexpr float kSlack = 4e-6f;
     uint32_t nan;
     const V largest = largest_of(dots, stride, count, &nan);
-    const float log_count = canonical_log(static_cast<float>(count)) + kSlack * 8;
-    V bound = V::add(V::fma(V::abs(largest), V::broadcast(kSlack), largest), V::broadcast(log_count));
+    float relative, offset;
+    log_sum_exp_excess(count, &relative, &offset);
+    V bound = V::add(V::fma(V::abs(largest), V::broadcast(relative), largest), V::broadcast(offset));
     if (bias) bound = V::add(bound, V::load(bias));
     uint32_t survivors = ~(nan | V::less(bound, V::broadcast(threshold))) & 0xFFFFu;
     uint32_t kept = 0;
@@ -206,6 +221,72 @@ struct KernelsOf {
     }
     return kept;
   }
+
+  static float dot(const float* x, const float* y, int64_t padded) {
+    V sums = V::zero();
+    for (int64_t e = 0; e < padded; e += kLanes) sums = V::fma(V::load(x + e), V::load(y + e), sums);
+    return sum_of_lanes(sums);
+  }
+
+  static uint32_t prune_bound(const float* dots, int64_t stride, int64_t count, const float* slack,
+                              const float* lengths, float relative, float offset, const float* bias, float threshold) {
+    const V length = V::load(lengths);
+    V bound = V::fma(V::broadcast(slack[0]), length, V::load(dots));
+    for (int64_t m = 1; m < count; ++m)
+      bound = V::max(V::fma(V::broadcast(slack[m]), length, V::load(dots + m * stride)), bound);
+    if (relative) bound = V::add(V::fma(V::abs(bound), V::broadcast(relative), bound), V::broadcast(offset));
+    if (bias) bound = V::add(bound, V::load(bias));
+    const uint32_t without_bound = V::unordered(V::subtract(length, length));  // inf - inf is NaN
+    return (without_bound | ~V::less(bound, V::broadcast(threshold))) & 0xFFFFu;
+  }
+
+  // The cheap score of every instruction set: one running sum in fp32 over the exact kernels' panel, without the tree.
+  struct FloatPanel {
+    static float error(DType, int64_t r) { return sum_error(r); }
+
+    static void pack_queries(const float* queries, int64_t count, int64_t padded, void* out) {
+      pack_query_panel(queries, count, padded, static_cast<float*>(out));
+    }
+
+    static void stage(const void* rows, DType, int64_t stride_bytes, int64_t padded, int column, void* panel,
+                      float* lengths) {
+      float* out = static_cast<float*>(panel);
+      const int64_t stride = stride_bytes / static_cast<int64_t>(sizeof(float)), steps = padded / kLanes;
+      V squares = V::zero();
+      for (int64_t t = 0; t < steps; ++t) {
+        V lane[kLanes];
+        for (int i = 0; i < kLanes; ++i) lane[i] = V::load(static_cast<const float*>(rows) + i * stride + t * kLanes);
+        V::transpose(lane);
+        for (int p = 0; p < kLanes; ++p) {
+          const V x = lane[kTreeOrder[p]];
+          x.store(out + (p * steps + t) * kPanelRows + column);
+          squares = V::fma(x, x, squares);
+        }
+      }
+      const V growth = V::broadcast(1.0f + sum_error(padded));
+      V::fma(V::root(squares), growth, V::broadcast(kLeastLength)).store(lengths);
+    }
+
+    template <int J>
+    static void dots_of_group(const float* panel, const float* query, int64_t padded, float* out) {
+      Block<J> block;
+      block.template step<true>(panel, query);
+      for (int64_t e = 1; e < padded; ++e) block.template step<false>(panel += kPanelRows, query += J);
+      for (int j = 0; j < J; ++j)
+        for (int g = 0; g < V::kPanelBlocks; ++g) block.v[j][g].store(out + j * kPanelRows + g * kLanes);
+    }
+
+    static void dots(const void* panel, const void* queries, int64_t count, int64_t padded, Ahead ahead, float* out) {
+      for_query_groups(
+          count, padded, ahead, static_cast<const float*>(queries), out,
+          [=](auto width, const float* query, float* to) {
+            dots_of_group<decltype(width)::value>(static_cast<const float*>(panel), query, padded, to);
+          });
+    }
+
+    static constexpr CheapScore kScore = {kPanelRows, sizeof(float), kLanes, kQueryGroup, 9,     false,
+                                          error,      pack_queries,  stage,  dots,        nullptr, nullptr};
+  };
 
   // Every lane counts: what a result does not depend on, the compiler leaves out of the measured loop.
   static float sum_of_lanes(V v) {
@@ -250,6 +331,9 @@ struct KernelsOf {
             dots_of_panel,
             prune_max,
             prune_log_sum_exp,
+            dot,
+            prune_bound,
+            &FloatPanel::kScore,
             read_loop,
             fma_loop,
             kChains * kLanes * 2};

@@ -11,6 +11,13 @@
 
 namespace urm {
 
+// How rows are scored; the result is the same.
+enum class ScanMode {
+  kAuto,     // bounded where that is expected to pay
+  kExact,    // the canonical dot for every row
+  kBounded,  // a cheap score for every row, the canonical dot for those that can still win
+};
+
 struct ScanRequest {
   QueriesView queries;
   MatrixView items;
@@ -20,6 +27,7 @@ struct ScanRequest {
   int64_t k = 0;
   bool sorted = true;
   int threads = 1;
+  ScanMode scan = ScanMode::kAuto;
   bool all_threads = false;  // even where the work does not pay for waking them
   const Kernels* kernels = nullptr;
   std::function<bool()> interrupted;  // asked now and then on the calling thread

@@ -28,6 +28,12 @@ static inline const char* row_address(const MatrixView& view, int64_t row) {
 
 enum class Reduce : int { kMax = 0, kSum = 1, kMean = 2, kLogSumExp = 3 };
 
+// Cache lines that will be needed soon: fetched a few at a time between the arithmetic, so that neither waits.
+struct Ahead {
+  const char* address;
+  int64_t lines;
+};
+
 static inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }

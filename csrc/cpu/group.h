@@ -1,0 +1,52 @@
+// What the threads that scan the table for one group of users share.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "aligned.h"
+#include "kernels.h"
+#include "queries.h"
+#include "scan.h"
+#include "topk_buffer.h"
+
+namespace urm {
+
+// A run of users whose cheap dots with a panel are formed, and used while they are in the first-level cache.
+struct Slice {
+  int64_t first_user, last_user;
+  int64_t first_query, queries;
+  int64_t offset;  // of the packed queries, in bytes
+};
+
+// The group's side of a cheap score; `score` is null where every row is scored exactly.
+struct GroupBounds {
+  const CheapScore* score = nullptr;
+  AlignedVector<char> queries{};
+  AlignedVector<float> slack{};  // [total]: for a row of length 1
+  AlignedVector<Slice> slices{};
+  int64_t widest = 0;  // queries of a slice, rounded up
+};
+
+GroupBounds make_bounds(const ScanRequest& request, const PackedQueries& packed, int64_t users, int64_t padded);
+
+struct Group {
+  const ScanRequest& request;
+  int64_t first_user, users, padded;
+  PackedQueries packed;
+  AlignedVector<float> panel{};  // packed queries for the panel kernel; empty where rows are read as they lie
+  GroupBounds bounds{};
+  int threads = 1;
+  int64_t chunk_rows = 0;  // handed out at a time
+  int64_t capacity = 0;
+  AlignedVector<uint64_t> keys{};                 // [users, threads, capacity]
+  AlignedVector<TopKBuffer> buffers{};            // [threads, users]
+  AlignedVector<std::atomic<uint64_t>> floors{};  // [users]
+  std::atomic<int64_t> next_chunk{0};
+  std::atomic<bool> stop{false};
+
+  bool direct() const { return panel.empty(); }
+  TopKBuffer& buffer(int slot, int64_t user) { return buffers[slot * users + user]; }
+};
+
+}  // namespace urm
