@@ -1,4 +1,4 @@
-"""Fixtures: a device, and every backend and instruction set in turn."""
+"""Fixtures: a device, and every backend, instruction set and way to scan in turn."""
 
 import os
 
@@ -13,7 +13,10 @@ settings.register_profile("urm", derandomize=True, deadline=None, max_examples=3
 settings.load_profile("urm")
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
-MACHINES = [("cpu", isa) for isa in INSTRUCTION_SETS] + [(name, None) for name in select.BACKENDS if name != "cpu"]
+# Small tables are scanned exactly unless a bounded scan is forced; amx differs from avx512 in its bounds only.
+MACHINES = [("cpu", isa, "exact") for isa in INSTRUCTION_SETS]
+MACHINES += [("cpu", isa, "bounded") for isa in (*INSTRUCTION_SETS, "amx")]
+MACHINES += [(name, None, None) for name in select.BACKENDS if name != "cpu"]
 
 
 def pytest_configure(config):
@@ -44,10 +47,10 @@ def device():
     return devices()[-1] if os.environ.get("URM_TEST_DEVICE") else torch.device("cpu")
 
 
-@pytest.fixture(params=MACHINES, ids=lambda pair: "/".join(filter(None, pair)))
+@pytest.fixture(params=MACHINES, ids=lambda machine: "/".join(filter(None, machine)))
 def machine(request, device):
     """(backend, instruction set), forced for the test."""
-    if request.param not in available_backends(device):
+    if request.param[:2] not in available_backends(device):
         pytest.skip(f"{'/'.join(filter(None, request.param))} cannot run on {device} of this machine")
     with forced(*request.param):
         yield request.param

@@ -31,16 +31,16 @@ struct CheapScore {
 
   float (*error)(DType items, int64_t r);
 
-  // Queries [count, padded] as `dots` wants them.
-  void (*pack_queries)(const float* queries, int64_t count, int64_t padded, void* out);
+  // Queries [count, padded] as `dots` wants them for rows that were staged from `rows`, float32 or bfloat16.
+  void (*pack_queries)(const float* queries, int64_t count, int64_t padded, DType rows, void* out);
 
   // 16 rows, of `padded` floats each or of bfloat16 elements, into columns [column, column + 16) of a panel; lengths[i]
-  // is not below the length of row i, and not finite where the row is not.
-  void (*stage)(const void* rows, DType dtype, int64_t stride_bytes, int64_t padded, int column, void* panel,
-                float* lengths);
+  // is not below the length of row i, and not finite where the row is not. Fetches `ahead` on the way.
+  void (*stage)(const void* rows, DType dtype, int64_t stride_bytes, int64_t padded, int column, Ahead ahead,
+                void* panel, float* lengths);
 
   // out[q * panel_rows + i] = cheap dot of row i and query q, for `count` rounded up to query_multiple.
-  void (*dots)(const void* panel, const void* queries, int64_t count, int64_t padded, Ahead ahead, float* out);
+  void (*dots)(const void* panel, const void* queries, int64_t count, int64_t padded, float* out);
 
   // Around a thread's calls of `dots`; null where the processor needs no preparation.
   void (*enter)();

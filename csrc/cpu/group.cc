@@ -6,7 +6,7 @@
 namespace urm {
 namespace {
 
-constexpr int64_t kSliceQueries = 128;  // their cheap dots with a panel are 16 to 24 KiB
+constexpr int64_t kSliceQueries = 64;  // their cheap dots with a panel are 16 to 24 KiB
 constexpr int64_t kFewestRows = 4096;   // smaller tables are scanned exactly: packing queries would cost as much
 
 // Not below the query's length; not finite where the query is not.
@@ -29,7 +29,11 @@ GroupBounds make_bounds(const ScanRequest& request, const PackedQueries& packed,
   const CheapScore& cheap = *request.kernels->cheap;
   if (!packed.total || padded > kWidestCheapRow || !worth_bounding(request, packed.total, padded)) return bounds;
 
-  const float error = cheap.error(request.items.dtype, padded);
+  const MatrixView& items = request.items;
+  if (cheap.takes_bfloat16 && items.dtype == DType::kBFloat16 && items.column_stride == 1 &&
+      items.columns % cheap.width_multiple == 0)
+    bounds.rows = DType::kBFloat16;
+  const float error = cheap.error(bounds.rows, padded);
   for (int64_t q = 0; q < packed.total; ++q) {
     const float length = length_of(packed.rows.data() + q * padded, padded);
     if (!(length <= kLongestQuery)) return bounds;
@@ -52,7 +56,7 @@ GroupBounds make_bounds(const ScanRequest& request, const PackedQueries& packed,
   bounds.queries.resize(bytes);
   for (const Slice& slice : bounds.slices)
     cheap.pack_queries(packed.rows.data() + slice.first_query * padded, slice.queries, padded,
-                       bounds.queries.data() + slice.offset);
+                       bounds.rows, bounds.queries.data() + slice.offset);
   bounds.score = &cheap;
   return bounds;
 }

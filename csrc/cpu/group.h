@@ -22,6 +22,7 @@ struct Slice {
 // The group's side of a cheap score; `score` is null where every row is scored exactly.
 struct GroupBounds {
   const CheapScore* score = nullptr;
+  DType rows = DType::kFloat32;  // as panels are staged from: bfloat16 where the table is read as it lies
   AlignedVector<char> queries{};
   AlignedVector<float> slack{};  // [total]: for a row of length 1
   AlignedVector<Slice> slices{};

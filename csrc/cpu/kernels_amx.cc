@@ -1,9 +1,11 @@
-// AMX: the AVX-512 kernels with another cheap score, products of bfloat16 tiles. A tile holds 16 rows of 64 bytes;
-// one instruction multiplies 16 queries by 16 rows over 32 elements.
+// AMX: the AVX-512 kernels with another cheap score, products of bfloat16 tiles. A tile holds 16 rows of 64 bytes; one
+// instruction multiplies 16 queries by 16 rows over 32 elements.
 //
-// Rows and queries are rounded to bfloat16 (a relative 2^-9 an element); sums are fp32, of at most r fused products
-// and r/2 additions in an order that does not matter here. Denormal numbers count as zero and become zero, which
-// kLeastLength covers.
+// Each element of a bfloat16 row is taken as it is; a float32 element x is cut to the 8 significant bits of xc, so that
+// 1 <= x / xc < 1 + 2^-7. Queries for such rows are lengthened by 1 + 2^-8, which leaves an error of 2^-8 |x| to either
+// side, no more than rounding would; cutting costs half of it. Queries are then rounded, 2^-8 again. Sums are fp32, of at
+// most r fused products and r / 2 additions in an order that does not matter here. Denormal numbers count as zero and
+// become zero, which kLeastLength covers.
 #include <immintrin.h>
 
 #include "../common/canonical_dot.h"
@@ -14,13 +16,15 @@ namespace {
 
 #include "vector_avx512.h"
 
-constexpr int kTileRows = 16;    // rows or queries of a tile
-constexpr int kTilePairs = 16;   // pairs of neighbouring elements, one to a 32-bit lane
-constexpr int kTileWidth = 32;   // elements
-constexpr int kTileBytes = 1024;
-constexpr int kPanelTiles = 2;   // columns of 16 rows in a panel
+constexpr int kTileRows = 16;   // rows or queries of a tile
+constexpr int kTileWidth = 32;  // elements
+constexpr int kTilePairs = 16;  // pairs of elements, one to a 32-bit lane
+constexpr int kLineBytes = 64;  // of a tile's row, and of the cache
+constexpr int kTileBytes = kTileRows * kLineBytes;
+constexpr int kPanelTiles = 4;  // columns of 16 rows in a panel
 constexpr int kPanelRows = kPanelTiles * kTileRows;
-constexpr int kQueryTiles = 2;  // of 16 queries, multiplied with a panel at a time
+constexpr float kRounding = 0x1p-8f;  // of a number to bfloat16, relative
+constexpr float kCut = 0x1p-7f;       // likewise, towards zero
 
 // What _tile_loadconfig reads: eight tiles of 16 rows of 64 bytes. In memory of its own, since GCC 12 takes the
 // instruction for one that reads eight bytes only and drops stores to the others.
@@ -39,111 +43,175 @@ void leave() {
   _tile_release();
 }
 
-float error(DType items, int64_t r) {
-  const float query = 0x1p-9f, row = items == DType::kBFloat16 ? 0.0f : 0x1p-9f;
-  return query + row + query * row + sum_error(r);
+// The row's error, the query's, their product, and 2^-16 for the lengthened query.
+float error(DType rows, int64_t r) {
+  const float row = rows == DType::kBFloat16 ? 0.0f : kRounding;
+  return row + kRounding + 2 * kRounding * kRounding + sum_error(r);
 }
 
-__m512i rounded(const float* from, bool whole) {
-  const __m512 low = _mm512_loadu_ps(from), high = whole ? _mm512_loadu_ps(from + 16) : _mm512_setzero_ps();
-  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+__m512i second_half(const float* from, bool there) {
+  return there ? _mm512_loadu_si512(from + kLanes) : _mm512_setzero_si512();
+}
+
+// Elements of a bfloat16 row are paired with their neighbour, those of a float32 row with the one 16 further on.
+__m512i rounded(const float* from, bool whole, DType rows) {
+  const __m512 low = _mm512_loadu_ps(from), high = _mm512_castsi512_ps(second_half(from, whole));
+  const __m512i neighbours = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+  if (rows == DType::kBFloat16) return neighbours;
+  const __m512i apart = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(apart, neighbours);
+}
+
+__m512i cut(const float* from, bool whole) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+  const __m512i low = _mm512_srli_epi32(_mm512_loadu_si512(from), 16);
+  return _mm512_or_si512(low, _mm512_and_si512(upper, second_half(from, whole)));
 }
 
 // [tile of 16 queries][tile of 32 elements][query][element]
-void pack_queries(const float* queries, int64_t count, int64_t padded, void* out) {
+void pack_queries(const float* queries, int64_t count, int64_t padded, DType rows, void* out) {
+  const __m512 longer = _mm512_set1_ps(rows == DType::kBFloat16 ? 1.0f : 1.0f + kCut / 2);
   char* to = static_cast<char*>(out);
+  alignas(64) float elements[kTileWidth] = {};
   for (int64_t first = 0; first < count; first += kTileRows)
     for (int64_t e = 0; e < padded; e += kTileWidth)
-      for (int64_t q = first; q < first + kTileRows; ++q, to += 64)
-        _mm512_store_si512(to, q < count ? rounded(queries + q * padded + e, e + 16 < padded) : _mm512_setzero_si512());
+      for (int64_t q = first; q < first + kTileRows; ++q, to += kLineBytes) {
+        __m512i packed = _mm512_setzero_si512();
+        if (q < count) {
+          for (int64_t half = 0; half < kTileWidth; half += kLanes) {
+            const bool there = e + half < padded;
+            const __m512 x = there ? _mm512_loadu_ps(queries + q * padded + e + half) : _mm512_setzero_ps();
+            _mm512_store_ps(elements + half, _mm512_mul_ps(x, longer));
+          }
+          packed = rounded(elements, true, rows);
+        }
+        _mm512_store_si512(to, packed);
+      }
+}
+
+// Lengths of 16 rows of a panel, or more; float32 ones as they were before they were cut.
+void measure(const char* column, int64_t padded, float* lengths) {
+  constexpr int kChains = 4;
+  __m512 squares[2 * kChains];
+  for (auto& s : squares) s = _mm512_setzero_ps();
+  for (int64_t e = 0; e < padded; e += kTileWidth, column += kPanelTiles * kTileBytes)
+#pragma GCC unroll 16
+    for (int p = 0; p < kTilePairs; ++p) {
+      // The upper element keeps the lower one as further digits, which can only lengthen it.
+      const __m512 high = _mm512_load_ps(column + p * kLineBytes);
+      const __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(high), 16));
+      __m512* chain = squares + 2 * (p % kChains);
+      chain[0] = _mm512_fmadd_ps(high, high, chain[0]);
+      chain[1] = _mm512_fmadd_ps(low, low, chain[1]);
+    }
+  for (int i = kChains; i > 0; i /= 2)
+    for (int j = 0; j < i; ++j) squares[j] = _mm512_add_ps(squares[j], squares[j + i]);
+  const __m512 growth = _mm512_set1_ps((1.0f + kCut) * (1.0f + sum_error(padded)));
+  _mm512_storeu_ps(lengths, _mm512_fmadd_ps(_mm512_sqrt_ps(squares[0]), growth, _mm512_set1_ps(kLeastLength)));
 }
 
 // Panel: [tile of 32 elements][column of 16 rows][pair of elements][row].
-void stage(const void* rows, DType dtype, int64_t stride_bytes, int64_t padded, int column, void* panel,
-           float* lengths) {
-  const char* from = static_cast<const char*>(rows);
-  char* to = static_cast<char*>(panel) + column / kTileRows * kTileBytes;
-  __m512 squares[4];
-  for (auto& s : squares) s = _mm512_setzero_ps();
+template <bool kHalf>
+void stage_as(const char* rows, int64_t stride_bytes, int64_t padded, Ahead ahead, char* column, float* lengths) {
+  const char* next = ahead.lines ? ahead.address : rows;
+  const int64_t line = ahead.lines ? kLineBytes : 0;
+  char* to = column;
   for (int64_t e = 0; e < padded; e += kTileWidth, to += kPanelTiles * kTileBytes) {
     Vector pair[kTilePairs];
+#pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i) {
-      const char* row = from + i * stride_bytes;
-      const __m512i elements = dtype == DType::kBFloat16
-                                   ? _mm512_loadu_si512(row + 2 * e)
-                                   : rounded(reinterpret_cast<const float*>(row) + e, e + 16 < padded);
+      const char* row = rows + i * stride_bytes;
+      _mm_prefetch(next, _MM_HINT_T1);
+      next += line;
+      if (!kHalf) {
+        _mm_prefetch(next, _MM_HINT_T1);
+        next += line;
+      }
+      const __m512i elements = kHalf ? _mm512_loadu_si512(row + 2 * e)
+                                     : cut(reinterpret_cast<const float*>(row) + e, e + kLanes < padded);
       pair[i].v = _mm512_castsi512_ps(elements);
     }
     Vector::transpose(pair);
-#pragma GCC unroll 16
-    for (int p = 0; p < kTilePairs; ++p) {
-      pair[p].store(reinterpret_cast<float*>(to + p * 64));
-      const __m512bh x = reinterpret_cast<__m512bh>(pair[p].v);
-      squares[p % 4] = _mm512_dpbf16_ps(squares[p % 4], x, x);
-    }
+    for (int p = 0; p < kTilePairs; ++p) pair[p].store(reinterpret_cast<float*>(to + p * kLineBytes));
   }
-  // The rounded row's length, made long enough for the row's own.
-  const __m512 total = _mm512_add_ps(_mm512_add_ps(squares[0], squares[1]), _mm512_add_ps(squares[2], squares[3]));
-  const __m512 growth = _mm512_set1_ps((1.0f + 0x1p-8f) * (1.0f + sum_error(padded)));
-  _mm512_storeu_ps(lengths, _mm512_fmadd_ps(_mm512_sqrt_ps(total), growth, _mm512_set1_ps(kLeastLength)));
+  measure(column, padded, lengths);
 }
 
-// Queries' tiles are 4 and 5, rows' 6 and 7, results 0 to 3.
-void two_query_tiles(const char* panel, const char* query, int64_t tiles, float* out) {
+void stage(const void* rows, DType dtype, int64_t stride_bytes, int64_t padded, int column, Ahead ahead, void* panel,
+           float* lengths) {
+  const auto stage_rows = dtype == DType::kBFloat16 ? stage_as<true> : stage_as<false>;
+  stage_rows(static_cast<const char*>(rows), stride_bytes, padded, ahead,
+             static_cast<char*>(panel) + column / kTileRows * kTileBytes, lengths);
+}
+
+constexpr int kResultStride = kPanelRows * sizeof(float);
+
+// Products of two query tiles (4 and 5) and two row tiles (6 and 7): 0 to 3.
+void two_by_two(const char* rows, const char* query, int64_t tiles, float* out) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   const char* second = query + tiles * kTileBytes;
-  for (int64_t t = 0; t < tiles; ++t) {
-    _tile_loadd(6, panel + 2 * t * kTileBytes, 64);
-    _tile_loadd(4, query + t * kTileBytes, 64);
+  for (int64_t t = 0; t < tiles; ++t, rows += kPanelTiles * kTileBytes) {
+    _tile_loadd(6, rows, kLineBytes);
+    _tile_loadd(4, query + t * kTileBytes, kLineBytes);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, panel + (2 * t + 1) * kTileBytes, 64);
+    _tile_loadd(7, rows + kTileBytes, kLineBytes);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, second + t * kTileBytes, 64);
+    _tile_loadd(5, second + t * kTileBytes, kLineBytes);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  constexpr int kStride = kPanelRows * sizeof(float);
-  _tile_stored(0, out, kStride);
-  _tile_stored(1, out + kTileRows, kStride);
-  _tile_stored(2, out + kTileRows * kPanelRows, kStride);
-  _tile_stored(3, out + kTileRows * kPanelRows + kTileRows, kStride);
+  _tile_stored(0, out, kResultStride);
+  _tile_stored(1, out + kTileRows, kResultStride);
+  _tile_stored(2, out + kTileRows * kPanelRows, kResultStride);
+  _tile_stored(3, out + kTileRows * kPanelRows + kTileRows, kResultStride);
 }
 
-void one_query_tile(const char* panel, const char* query, int64_t tiles, float* out) {
+// Products of one query tile (7) and four row tiles (4 to 6 in turns): 0 to 3.
+void one_by_four(const char* rows, const char* query, int64_t tiles, float* out) {
   _tile_zero(0);
   _tile_zero(1);
-  for (int64_t t = 0; t < tiles; ++t) {
-    _tile_loadd(4, query + t * kTileBytes, 64);
-    _tile_loadd(6, panel + 2 * t * kTileBytes, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, panel + (2 * t + 1) * kTileBytes, 64);
-    _tile_dpbf16ps(1, 4, 7);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t t = 0; t < tiles; ++t, rows += kPanelTiles * kTileBytes) {
+    _tile_loadd(7, query + t * kTileBytes, kLineBytes);
+    _tile_loadd(4, rows, kLineBytes);
+    _tile_dpbf16ps(0, 7, 4);
+    _tile_loadd(5, rows + kTileBytes, kLineBytes);
+    _tile_dpbf16ps(1, 7, 5);
+    _tile_loadd(6, rows + 2 * kTileBytes, kLineBytes);
+    _tile_dpbf16ps(2, 7, 6);
+    _tile_loadd(4, rows + 3 * kTileBytes, kLineBytes);
+    _tile_dpbf16ps(3, 7, 4);
   }
-  _tile_stored(0, out, kPanelRows * sizeof(float));
-  _tile_stored(1, out + kTileRows, kPanelRows * sizeof(float));
+  _tile_stored(0, out, kResultStride);
+  _tile_stored(1, out + kTileRows, kResultStride);
+  _tile_stored(2, out + 2 * kTileRows, kResultStride);
+  _tile_stored(3, out + 3 * kTileRows, kResultStride);
 }
 
-void dots(const void* panel, const void* queries, int64_t count, int64_t padded, Ahead ahead, float* out) {
+void dots(const void* panel, const void* queries, int64_t count, int64_t padded, float* out) {
   const char* rows = static_cast<const char*>(panel);
   const char* query = static_cast<const char*>(queries);
   const int64_t tiles = (padded + kTileWidth - 1) / kTileWidth;
-  const int64_t blocks = (count + kQueryTiles * kTileRows - 1) / (kQueryTiles * kTileRows);
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t end = ahead.lines * (block + 1) / blocks;
-    for (int64_t line = ahead.lines * block / blocks; line < end; ++line) __builtin_prefetch(ahead.address + line * 64);
-    if (count - block * kQueryTiles * kTileRows > kTileRows) two_query_tiles(rows, query, tiles, out);
-    else one_query_tile(rows, query, tiles, out);
-    query += kQueryTiles * tiles * kTileBytes;
-    out += kQueryTiles * kTileRows * kPanelRows;
+  for (int64_t first = 0; first < count; first += 2 * kTileRows) {
+    if (count - first > kTileRows) {
+      two_by_two(rows, query, tiles, out);
+      two_by_two(rows + 2 * kTileBytes, query, tiles, out + 2 * kTileRows);
+    } else {
+      one_by_four(rows, query, tiles, out);
+    }
+    query += 2 * tiles * kTileBytes;
+    out += 2 * kTileRows * kPanelRows;
   }
 }
 
 }  // namespace
 
-extern const CheapScore kAmxCheapScore = {kPanelRows, 2,     kTileWidth,   kTileRows, 2,     true,
+extern const CheapScore kAmxCheapScore = {kPanelRows, 2,     kTileWidth,   kTileRows, 9,    true,
                                           error,      pack_queries, stage, dots,      enter, leave};
 
 }  // namespace urm

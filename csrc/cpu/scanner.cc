@@ -8,7 +8,6 @@
 namespace urm {
 namespace {
 
-constexpr int64_t kAheadTiles = 2;         // distance of the software prefetch
 constexpr int64_t kCachedBytes = 1 << 20;  // a table that stays in the second-level cache gains nothing by prefetching
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kStretchRows = 288;  // whole panels of 16, 32 and 48 rows; the pace is set anew for each
@@ -62,18 +61,24 @@ void Scanner::run() {
 }
 
 void Scanner::scan(int64_t begin, int64_t end) {
+  if (!group_.bounds.score) return scan_exact(begin, end);
   for (int64_t row = begin, stop; row < end; row = stop) {
-    stop = group_.bounds.score ? std::min(end, row + kStretchRows) : end;
-    if (group_.bounds.score && pace_.next_is_bounded()) {
-      rescored_ = 0;
-      scan_bounded(row, stop);
-      pace_.judge(rescored_, (stop - row) * group_.users);
-    } else if (group_.direct()) {
-      scan_rows(row, stop);
-    } else {
-      scan_panels(row, stop);
+    stop = std::min(end, row + kStretchRows);
+    if (!pace_.next_is_bounded()) {
+      scan_exact(row, stop);
+      continue;
     }
+    rescored_ = 0;
+    const int64_t whole_tiles = row + (stop - row) / kLanes * kLanes;
+    scan_bounded(row, whole_tiles);
+    scan_exact(whole_tiles, stop);
+    pace_.judge(rescored_, (whole_tiles - row) * group_.users);
   }
+}
+
+void Scanner::scan_exact(int64_t begin, int64_t end) {
+  if (group_.direct()) scan_rows(begin, end);
+  else scan_panels(begin, end);
 }
 
 void Scanner::scan_rows(int64_t begin, int64_t end) {
@@ -82,7 +87,7 @@ void Scanner::scan_rows(int64_t begin, int64_t end) {
     int64_t stride;
     const float* rows = tile(row, count, &stride);
     kernels_.dots_of_rows(rows, stride, group_.packed.rows.data(), group_.packed.total, group_.padded,
-                          ahead(row + kAheadTiles * kLanes, kLanes), work_.dots.data());
+                          ahead(row + kLanes, kLanes), work_.dots.data());
     select(row, count, work_.dots.data(), kLanes);
   }
 }
@@ -107,15 +112,13 @@ void Scanner::scan_bounded(int64_t begin, int64_t end) {
   const int64_t wide = bounds.score->panel_rows;
   for (int64_t row = begin; row < end; row += wide) {
     const int64_t count = std::min(wide, end - row);
-    for (int64_t column = 0; column < wide; column += kLanes)
-      stage_cheap(row + column, std::clamp<int64_t>(count - column, 0, kLanes), column);
+    for (int64_t column = 0; column < count; column += kLanes) stage_cheap(row + column, column);
     if (request_.bias.data) load_bias(row, count);
     for (const Slice& slice : bounds.slices) {
       bounds.score->dots(work_.cheap_panel.data(), bounds.queries.data() + slice.offset, slice.queries, group_.padded,
-                         &slice == bounds.slices.data() ? ahead(row + wide, wide) : Ahead{nullptr, 0},
                          work_.cheap_dots.data());
       for (int64_t column = 0; column < count; column += kLanes)
-        select_bounded(slice, row + column, std::min<int64_t>(kLanes, count - column), column);
+        select_bounded(slice, row + column, column);
     }
   }
 }
@@ -132,21 +135,18 @@ const float* Scanner::tile(int64_t row, int64_t count, int64_t* stride) {
   return work_.rows.data();
 }
 
-void Scanner::stage_cheap(int64_t row, int64_t count, int64_t column) {
+void Scanner::stage_cheap(int64_t row, int64_t column) {
   const MatrixView& items = request_.items;
   const CheapScore& cheap = *group_.bounds.score;
-  void* panel = work_.cheap_panel.data();
-  float* lengths = work_.lengths.data() + column;
-  if (cheap.takes_bfloat16 && items.dtype == DType::kBFloat16 && items.column_stride == 1 &&
-      items.columns % cheap.width_multiple == 0 && count == kLanes) {
-    cheap.stage(row_address(items, row), items.dtype, items.row_stride * element_bytes(items.dtype), group_.padded,
-                static_cast<int>(column), panel, lengths);
-    return;
+  const void* rows = row_address(items, row);
+  int64_t stride_bytes = items.row_stride * element_bytes(items.dtype);
+  if (group_.bounds.rows == DType::kFloat32) {
+    int64_t stride;
+    rows = tile(row, kLanes, &stride);
+    stride_bytes = stride * static_cast<int64_t>(sizeof(float));
   }
-  int64_t stride;
-  const float* rows = tile(row, count, &stride);
-  cheap.stage(rows, DType::kFloat32, stride * static_cast<int64_t>(sizeof(float)), group_.padded,
-              static_cast<int>(column), panel, lengths);
+  cheap.stage(rows, group_.bounds.rows, stride_bytes, group_.padded, static_cast<int>(column),
+              ahead(row + cheap.panel_rows, kLanes), work_.cheap_panel.data(), work_.lengths.data() + column);
 }
 
 // Where rows follow each other without a gap, the memory of `count` of them.
@@ -179,9 +179,8 @@ void Scanner::select(int64_t row, int64_t count, const float* dots, int64_t stri
 }
 
 // Upper bounds of one tile for the users of a slice, and exact scores of the survivors.
-void Scanner::select_bounded(const Slice& slice, int64_t row, int64_t count, int64_t column) {
+void Scanner::select_bounded(const Slice& slice, int64_t row, int64_t column) {
   const int64_t stride = group_.bounds.score->panel_rows;
-  const uint32_t rows_present = (1u << count) - 1;
   const float* lengths = work_.lengths.data() + column;
   const float* bias = request_.bias.data ? work_.bias.data() + column : nullptr;
   for (int64_t user = slice.first_user; user < slice.last_user; ++user) {
@@ -192,7 +191,7 @@ void Scanner::select_bounded(const Slice& slice, int64_t row, int64_t count, int
     float relative = 0, offset = 0;
     if (request_.reduce == Reduce::kLogSumExp) log_sum_exp_excess(queries, &relative, &offset);
     TopKBuffer& buffer = group_.buffer(slot_, user);
-    uint32_t survivors = rows_present & kernels_.prune_bound(dots, stride, queries, slack, lengths, relative, offset,
+    uint32_t survivors = kernels_.prune_bound(dots, stride, queries, slack, lengths, relative, offset,
                                                              bias, buffer.threshold());
     for (; survivors; survivors &= survivors - 1) {
       const int i = __builtin_ctz(survivors);

@@ -29,17 +29,18 @@ class Scanner {
 
  private:
   void scan(int64_t begin, int64_t end);
+  void scan_exact(int64_t begin, int64_t end);
   void scan_rows(int64_t begin, int64_t end);
   void scan_panels(int64_t begin, int64_t end);
   void scan_bounded(int64_t begin, int64_t end);
 
   const float* tile(int64_t row, int64_t count, int64_t* stride);
-  void stage_cheap(int64_t row, int64_t count, int64_t column);
+  void stage_cheap(int64_t row, int64_t column);
   Ahead ahead(int64_t row, int64_t count) const;
   const float* load_bias(int64_t row, int64_t count);
 
   void select(int64_t row, int64_t count, const float* dots, int64_t stride);
-  void select_bounded(const Slice& slice, int64_t row, int64_t count, int64_t column);
+  void select_bounded(const Slice& slice, int64_t row, int64_t column);
   bool rescore(int64_t user, int64_t row, const float* cheap, float length, float bias, float threshold, float* score);
   const float* whole_row(int64_t row);
 

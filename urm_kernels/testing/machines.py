@@ -22,9 +22,12 @@ def available_backends(device: str | torch.device = "cpu") -> list[tuple[str, st
 
 
 @contextlib.contextmanager
-def forced(backend: str | None, isa: str | None = None) -> Iterator[None]:
-    """Within, calls run on that backend and instruction set; None leaves the choice open. Not safe across threads."""
-    wanted = {"URM_BACKEND": backend, "URM_CPU_ISA": isa}
+def forced(backend: str | None, isa: str | None = None, scan: str | None = None) -> Iterator[None]:
+    """Within, calls run on that backend and instruction set, and the CPU scans in that way ("exact" or "bounded").
+
+    None leaves the choice open. Not safe across threads.
+    """
+    wanted = {"URM_BACKEND": backend, "URM_CPU_ISA": isa, "URM_CPU_SCAN": scan}
     before = {name: os.environ.get(name) for name in wanted}
     _set(wanted)
     try:
