@@ -9,6 +9,7 @@
 #include "../cpu/candidates.h"
 #include "../cpu/ceilings.h"
 #include "../cpu/scan.h"
+#include "../cpu/upper_bounds.h"
 
 namespace py = pybind11;
 
@@ -61,12 +62,15 @@ int chosen_threads(int torch_threads) {
   return static_cast<int>(threads);
 }
 
-urm::ScanMode chosen_scan() {
+urm::ScanMode chosen_scan(const urm::Kernels& kernels) {
   const char* wanted = std::getenv("URM_CPU_SCAN");
   const std::string name = wanted && *wanted ? wanted : "auto";
   if (name == "auto") return urm::ScanMode::kAuto;
   if (name == "exact") return urm::ScanMode::kExact;
-  if (name == "bounded") return urm::ScanMode::kBounded;
+  if (name == "bounded" && kernels.cheap) return urm::ScanMode::kBounded;
+  if (name == "bounded")
+    throw py::value_error(std::string("URM_CPU_SCAN: bounded is not possible with the instruction set ") +
+                          kernels.name + ", which has no cheap score; use auto or exact");
   throw py::value_error("URM_CPU_SCAN: one of auto, exact, bounded is wanted, '" + name + "' came");
 }
 
@@ -104,7 +108,7 @@ void score_topk(const Queries& queries, const Matrix& items, const Matrix& bias,
   request.threads = chosen_threads(torch_threads);
   request.all_threads = wanted_threads() != nullptr;
   request.kernels = &chosen_kernels();
-  request.scan = chosen_scan();
+  request.scan = chosen_scan(*request.kernels);
   request.scores = at<float>(scores);
   request.ids = at<int64_t>(ids);
 
@@ -143,6 +147,12 @@ PYBIND11_MODULE(_cpu, m) {
     const py::gil_scoped_release released;
     urm::candidate_dots(view(queries), view(items), at<int64_t>(candidates), count, threads, kernels, at<float>(out));
   });
+  m.def(
+      "upper_bounds",
+      [](const Queries& queries, const Matrix& items, uintptr_t out) {
+        return urm::upper_bounds(view(queries), view(items), chosen_kernels(), at<float>(out));
+      },
+      "Bounds of a bounded scan, [users * queries, rows]; False where it would score everything exactly.");
   m.def(
       "read_bandwidth",
       [](uintptr_t data, int64_t count, int threads) {

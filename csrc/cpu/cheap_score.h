@@ -1,8 +1,10 @@
 // A cheap score: dots of a panel of rows in whatever order and precision is fastest, and how far they can be from the
-// canonical dot. Rows whose cheap score plus slack stays below a user's threshold are never scored exactly.
+// canonical dot. Rows whose cheap score plus slack stays below a user's threshold are never scored exactly:
 //
-// Slack is error * |row| * |query|, an inequality and not an estimate (docs/design.md has the proof). It holds for
-// rows whose length is finite and queries no longer than kLongestQuery; the scan scores everything else exactly.
+//   dot[q, i] <= scale[i] * (cheap[q, i] + slack[q] * length[i])
+//
+// an inequality, not an estimate (docs/design.md has the proof). It holds for rows with a finite length and queries no
+// longer than kLongestQuery; the scan scores everything else exactly.
 #pragma once
 
 #include <cstdint>
@@ -23,32 +25,29 @@ static inline float sum_error(int64_t r) {
 
 struct CheapScore {
   int panel_rows;          // a multiple of 16
-  int element_bytes;       // of panels and packed queries
-  int width_multiple;      // rows are padded to this many elements,
-  int query_multiple;      // the number of queries to this
+  int query_multiple;      // `dots` writes results for the number of queries rounded up to this
+  int bfloat16_multiple;   // bfloat16 rows whose elements are a multiple of this are staged as they lie; 0: none are
   int64_t fewest_queries;  // of a group, from which on it beats the exact kernels
-  bool takes_bfloat16;     // `stage` also reads bfloat16 rows, of whole widths, as they lie
 
-  float (*error)(DType items, int64_t r);
+  int64_t (*panel_bytes)(int64_t padded);
+  int64_t (*query_bytes)(int64_t count, int64_t padded);
 
-  // Queries [count, padded] as `dots` wants them for rows that were staged from `rows`, float32 or bfloat16.
-  void (*pack_queries)(const float* queries, int64_t count, int64_t padded, DType rows, void* out);
+  // Queries [count, padded], not longer than `lengths`, as `dots` wants them for rows that are staged from `rows`
+  // (float32 or bfloat16); slack [count].
+  void (*pack_queries)(const float* queries, const float* lengths, int64_t count, int64_t padded, DType rows, void* out,
+                       float* slack);
 
-  // 16 rows, of `padded` floats each or of bfloat16 elements, into columns [column, column + 16) of a panel; lengths[i]
-  // is not below the length of row i, and not finite where the row is not. Fetches `ahead` on the way.
+  // 16 rows, of `padded` floats each or of bfloat16 elements, into columns [column, column + 16) of a panel, with the
+  // rows' scales and lengths; a length is not finite where its row is not. Fetches `ahead` on the way.
   void (*stage)(const void* rows, DType dtype, int64_t stride_bytes, int64_t padded, int column, Ahead ahead,
-                void* panel, float* lengths);
+                void* panel, float* scales, float* lengths);
 
-  // out[q * panel_rows + i] = cheap dot of row i and query q, for `count` rounded up to query_multiple.
+  // out[q * panel_rows + i] = cheap[q, i].
   void (*dots)(const void* panel, const void* queries, int64_t count, int64_t padded, float* out);
 
   // Around a thread's calls of `dots`; null where the processor needs no preparation.
   void (*enter)();
   void (*leave)();
 };
-
-static inline int64_t cheap_bytes(const CheapScore& cheap, int64_t vectors, int64_t padded) {
-  return vectors * round_up(padded, cheap.width_multiple) * cheap.element_bytes;
-}
 
 }  // namespace urm

@@ -24,7 +24,7 @@ struct GroupBounds {
   const CheapScore* score = nullptr;
   DType rows = DType::kFloat32;  // as panels are staged from: bfloat16 where the table is read as it lies
   AlignedVector<char> queries{};
-  AlignedVector<float> slack{};  // [total]: for a row of length 1
+  AlignedVector<float> slack{};  // [total]
   AlignedVector<Slice> slices{};
   int64_t widest = 0;  // queries of a slice, rounded up
 };

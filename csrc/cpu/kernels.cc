@@ -14,12 +14,20 @@ extern const Kernels kPortableKernels;
 #if defined(URM_X86)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const CheapScore kVnniCheapScore;
 extern const CheapScore kAmxCheapScore;
 #endif
 
 namespace {
 
 #if defined(URM_X86)
+Kernels with_cheap_score(const char* name, const CheapScore& cheap) {
+  Kernels kernels = kAvx512Kernels;
+  kernels.name = name;
+  kernels.cheap = &cheap;
+  return kernels;
+}
+
 // Linux gives a process the tiles' registers on request only, and refuses where signal stacks are too small for them.
 bool tiles_granted() {
 #if defined(SYS_arch_prctl)
@@ -32,9 +40,10 @@ bool tiles_granted() {
 #endif
 
 struct UsableKernels {
-  const Kernels* table[4];
+  const Kernels* table[5];
 #if defined(URM_X86)
-  Kernels amx = kAvx512Kernels;
+  const Kernels vnni = with_cheap_score("avx512_vnni", kVnniCheapScore);
+  const Kernels amx = with_cheap_score("amx", kAmxCheapScore);
 #endif
   int count = 0;
 
@@ -45,11 +54,9 @@ struct UsableKernels {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
-        __builtin_cpu_supports("amx-bf16") && tiles_granted()) {
-      amx.name = "amx";
-      amx.cheap = &kAmxCheapScore;
+        __builtin_cpu_supports("amx-bf16") && tiles_granted())
       table[count++] = &amx;
-    }
+    if (avx512 && __builtin_cpu_supports("avx512vnni")) table[count++] = &vnni;
     if (avx512) table[count++] = &kAvx512Kernels;
     if (avx2) table[count++] = &kAvx2Kernels;
 #endif

@@ -3,9 +3,9 @@
 //
 // Each element of a bfloat16 row is taken as it is; a float32 element x is cut to the 8 significant bits of xc, so that
 // 1 <= x / xc < 1 + 2^-7. Queries for such rows are lengthened by 1 + 2^-8, which leaves an error of 2^-8 |x| to either
-// side, no more than rounding would; cutting costs half of it. Queries are then rounded, 2^-8 again. Sums are fp32, of at
-// most r fused products and r / 2 additions in an order that does not matter here. Denormal numbers count as zero and
-// become zero, which kLeastLength covers.
+// side, no more than rounding would; cutting costs half of it. Queries are then rounded, 2^-8 again. Sums are fp32, of
+// at most r fused products and r / 2 additions in an order that does not matter here. Denormal numbers count as zero
+// and become zero, which kLeastLength covers.
 #include <immintrin.h>
 
 #include "../common/canonical_dot.h"
@@ -43,19 +43,14 @@ void leave() {
   _tile_release();
 }
 
-// The row's error, the query's, their product, and 2^-16 for the lengthened query.
+// The row's error, the query's, their product, and as much for the lengthened query.
 float error(DType rows, int64_t r) {
   const float row = rows == DType::kBFloat16 ? 0.0f : kRounding;
   return row + kRounding + 2 * kRounding * kRounding + sum_error(r);
 }
 
-__m512i second_half(const float* from, bool there) {
-  return there ? _mm512_loadu_si512(from + kLanes) : _mm512_setzero_si512();
-}
-
 // Elements of a bfloat16 row are paired with their neighbour, those of a float32 row with the one 16 further on.
-__m512i rounded(const float* from, bool whole, DType rows) {
-  const __m512 low = _mm512_loadu_ps(from), high = _mm512_castsi512_ps(second_half(from, whole));
+__m512i rounded(__m512 low, __m512 high, DType rows) {
   const __m512i neighbours = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
   if (rows == DType::kBFloat16) return neighbours;
   const __m512i apart = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
@@ -66,28 +61,24 @@ __m512i rounded(const float* from, bool whole, DType rows) {
 __m512i cut(const float* from, bool whole) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
   const __m512i low = _mm512_srli_epi32(_mm512_loadu_si512(from), 16);
-  return _mm512_or_si512(low, _mm512_and_si512(upper, second_half(from, whole)));
+  return whole ? _mm512_or_si512(low, _mm512_and_si512(upper, _mm512_loadu_si512(from + kLanes))) : low;
 }
 
 // [tile of 16 queries][tile of 32 elements][query][element]
-void pack_queries(const float* queries, int64_t count, int64_t padded, DType rows, void* out) {
+void pack_queries(const float* queries, const float* lengths, int64_t count, int64_t padded, DType rows, void* out,
+                  float* slack) {
   const __m512 longer = _mm512_set1_ps(rows == DType::kBFloat16 ? 1.0f : 1.0f + kCut / 2);
   char* to = static_cast<char*>(out);
-  alignas(64) float elements[kTileWidth] = {};
   for (int64_t first = 0; first < count; first += kTileRows)
     for (int64_t e = 0; e < padded; e += kTileWidth)
       for (int64_t q = first; q < first + kTileRows; ++q, to += kLineBytes) {
-        __m512i packed = _mm512_setzero_si512();
-        if (q < count) {
-          for (int64_t half = 0; half < kTileWidth; half += kLanes) {
-            const bool there = e + half < padded;
-            const __m512 x = there ? _mm512_loadu_ps(queries + q * padded + e + half) : _mm512_setzero_ps();
-            _mm512_store_ps(elements + half, _mm512_mul_ps(x, longer));
-          }
-          packed = rounded(elements, true, rows);
-        }
-        _mm512_store_si512(to, packed);
+        const auto half = [&](int64_t from) {
+          return q < count && from < padded ? _mm512_mul_ps(_mm512_loadu_ps(queries + q * padded + from), longer)
+                                            : _mm512_setzero_ps();
+        };
+        _mm512_store_si512(to, rounded(half(e), half(e + kLanes), rows));
       }
+  for (int64_t q = 0; q < count; ++q) slack[q] = error(rows, padded) * lengths[q];
 }
 
 // Lengths of 16 rows of a panel, or more; float32 ones as they were before they were cut.
@@ -128,8 +119,8 @@ void stage_as(const char* rows, int64_t stride_bytes, int64_t padded, Ahead ahea
         _mm_prefetch(next, _MM_HINT_T1);
         next += line;
       }
-      const __m512i elements = kHalf ? _mm512_loadu_si512(row + 2 * e)
-                                     : cut(reinterpret_cast<const float*>(row) + e, e + kLanes < padded);
+      const __m512i elements =
+          kHalf ? _mm512_loadu_si512(row + 2 * e) : cut(reinterpret_cast<const float*>(row) + e, e + kLanes < padded);
       pair[i].v = _mm512_castsi512_ps(elements);
     }
     Vector::transpose(pair);
@@ -139,7 +130,8 @@ void stage_as(const char* rows, int64_t stride_bytes, int64_t padded, Ahead ahea
 }
 
 void stage(const void* rows, DType dtype, int64_t stride_bytes, int64_t padded, int column, Ahead ahead, void* panel,
-           float* lengths) {
+           float* scales, float* lengths) {
+  _mm512_storeu_ps(scales, _mm512_set1_ps(1.0f));
   const auto stage_rows = dtype == DType::kBFloat16 ? stage_as<true> : stage_as<false>;
   stage_rows(static_cast<const char*>(rows), stride_bytes, padded, ahead,
              static_cast<char*>(panel) + column / kTileRows * kTileBytes, lengths);
@@ -209,9 +201,17 @@ void dots(const void* panel, const void* queries, int64_t count, int64_t padded,
   }
 }
 
+int64_t bytes_of(int64_t vectors, int64_t padded) {
+  return (vectors + kTileRows - 1) / kTileRows * ((padded + kTileWidth - 1) / kTileWidth) * kTileBytes;
+}
+
+int64_t panel_bytes(int64_t padded) {
+  return bytes_of(kPanelRows, padded);
+}
+
 }  // namespace
 
-extern const CheapScore kAmxCheapScore = {kPanelRows, 2,     kTileWidth,   kTileRows, 9,    true,
-                                          error,      pack_queries, stage, dots,      enter, leave};
+extern const CheapScore kAmxCheapScore = {kPanelRows,   kTileRows, kTileWidth, 9,     panel_bytes, bytes_of,
+                                          pack_queries, stage,     dots,       enter, leave};
 
 }  // namespace urm

@@ -8,8 +8,8 @@
 namespace urm {
 namespace {
 
-#include "vector_avx512.h"
 #include "kernels_template.h"
+#include "vector_avx512.h"
 
 }  // namespace
 

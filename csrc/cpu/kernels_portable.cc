@@ -75,9 +75,6 @@ struct Vector {
   static Vector abs(const Vector& x) {
     return each([&](int i) { return std::fabs(x.v[i]); });
   }
-  static Vector root(const Vector& x) {
-    return each([&](int i) { return std::sqrt(x.v[i]); });
-  }
   static uint32_t unordered(const Vector& x) {
     return mask([&](int i) { return x.v[i] != x.v[i]; });
   }

@@ -146,32 +146,17 @@ struct KernelsOf {
       for (int g = 0; g < V::kPanelBlocks; ++g) block.v[j][g].store(out + j * kPanelRows + g * kLanes);
   }
 
-  template <int J>
-  struct Width {
-    static constexpr int value = J;
-  };
-
-  // body(Width, packed queries, out) for every group of queries, as wide as the group is packed.
-  template <class Body>
-  static void for_query_groups(int64_t count, int64_t padded, Ahead ahead, const float* query_panel, float* out,
-                               Body body) {
-    const int64_t groups = (count + kQueryGroup - 1) / kQueryGroup;
+  static void dots_of_panel(const float* panel, const float* query_panel, int64_t count, int64_t padded, Ahead ahead,
+                            float* out) {
+    const int64_t steps = padded / kLanes, groups = (count + kQueryGroup - 1) / kQueryGroup;
     for (int64_t group = 0; group < groups; ++group, count -= kQueryGroup) {
       fetch(ahead, group, groups);
-      if (count > 2) body(Width<kQueryGroup>(), query_panel, out);
-      else if (count == 2) body(Width<2>(), query_panel, out);
-      else body(Width<1>(), query_panel, out);
+      if (count > 2) dots_of_group<kQueryGroup>(panel, query_panel, steps, out);
+      else if (count == 2) dots_of_group<2>(panel, query_panel, steps, out);
+      else dots_of_group<1>(panel, query_panel, steps, out);
       query_panel += kQueryGroup * padded;
       out += kQueryGroup * kPanelRows;
     }
-  }
-
-  static void dots_of_panel(const float* panel, const float* query_panel, int64_t count, int64_t padded, Ahead ahead,
-                            float* out) {
-    const int64_t steps = padded / kLanes;
-    for_query_groups(count, padded, ahead, query_panel, out, [=](auto width, const float* query, float* to) {
-      dots_of_group<decltype(width)::value>(panel, query, steps, to);
-    });
   }
 
   // The largest of a user's dots in each lane, and the lanes in which one is NaN.
@@ -230,65 +215,19 @@ struct KernelsOf {
     return sum_of_lanes(sums);
   }
 
-  static uint32_t prune_bound(const float* dots, int64_t stride, int64_t count, const float* slack,
-                              const float* lengths, float relative, float offset, const float* bias, float threshold) {
+  static uint32_t prune_bound(const float* cheap, int64_t stride, int64_t count, const float* slack,
+                              const float* scales, const float* lengths, float relative, float offset,
+                              const float* bias, float threshold) {
     const V length = V::load(lengths);
-    V bound = V::fma(V::broadcast(slack[0]), length, V::load(dots));
+    V bound = V::fma(V::broadcast(slack[0]), length, V::load(cheap));
     for (int64_t m = 1; m < count; ++m)
-      bound = V::max(V::fma(V::broadcast(slack[m]), length, V::load(dots + m * stride)), bound);
+      bound = V::max(V::fma(V::broadcast(slack[m]), length, V::load(cheap + m * stride)), bound);
+    bound = V::multiply(bound, V::load(scales));
     if (relative) bound = V::add(V::fma(V::abs(bound), V::broadcast(relative), bound), V::broadcast(offset));
     if (bias) bound = V::add(bound, V::load(bias));
     const uint32_t without_bound = V::unordered(V::subtract(length, length));  // inf - inf is NaN
     return (without_bound | ~V::less(bound, V::broadcast(threshold))) & 0xFFFFu;
   }
-
-  // The cheap score of every instruction set: one running sum in fp32 over the exact kernels' panel, without the tree.
-  struct FloatPanel {
-    static float error(DType, int64_t r) { return sum_error(r); }
-
-    static void pack_queries(const float* queries, int64_t count, int64_t padded, DType, void* out) {
-      pack_query_panel(queries, count, padded, static_cast<float*>(out));
-    }
-
-    static void stage(const void* rows, DType, int64_t stride_bytes, int64_t padded, int column, Ahead ahead,
-                      void* panel, float* lengths) {
-      float* out = static_cast<float*>(panel);
-      const int64_t stride = stride_bytes / static_cast<int64_t>(sizeof(float)), steps = padded / kLanes;
-      V squares = V::zero();
-      for (int64_t t = 0; t < steps; ++t) {
-        fetch(ahead, t, steps);
-        V lane[kLanes];
-        for (int i = 0; i < kLanes; ++i) lane[i] = V::load(static_cast<const float*>(rows) + i * stride + t * kLanes);
-        V::transpose(lane);
-        for (int p = 0; p < kLanes; ++p) {
-          const V x = lane[kTreeOrder[p]];
-          x.store(out + (p * steps + t) * kPanelRows + column);
-          squares = V::fma(x, x, squares);
-        }
-      }
-      const V growth = V::broadcast(1.0f + sum_error(padded));
-      V::fma(V::root(squares), growth, V::broadcast(kLeastLength)).store(lengths);
-    }
-
-    template <int J>
-    static void dots_of_group(const float* panel, const float* query, int64_t padded, float* out) {
-      Block<J> block;
-      block.template step<true>(panel, query);
-      for (int64_t e = 1; e < padded; ++e) block.template step<false>(panel += kPanelRows, query += J);
-      for (int j = 0; j < J; ++j)
-        for (int g = 0; g < V::kPanelBlocks; ++g) block.v[j][g].store(out + j * kPanelRows + g * kLanes);
-    }
-
-    static void dots(const void* panel, const void* queries, int64_t count, int64_t padded, float* out) {
-      const auto group = [=](auto width, const float* query, float* to) {
-        dots_of_group<decltype(width)::value>(static_cast<const float*>(panel), query, padded, to);
-      };
-      for_query_groups(count, padded, Ahead{nullptr, 0}, static_cast<const float*>(queries), out, group);
-    }
-
-    static constexpr CheapScore kScore = {kPanelRows, sizeof(float), kLanes, kQueryGroup, 9,     false,
-                                          error,      pack_queries,  stage,  dots,        nullptr, nullptr};
-  };
 
   // Every lane counts: what a result does not depend on, the compiler leaves out of the measured loop.
   static float sum_of_lanes(V v) {
@@ -323,21 +262,7 @@ struct KernelsOf {
   }
 
   static constexpr Kernels table(const char* name) {
-    return {name,
-            kPanelRows,
-            stage,
-            widen,
-            gather,
-            transpose,
-            dots_of_rows,
-            dots_of_panel,
-            prune_max,
-            prune_log_sum_exp,
-            dot,
-            prune_bound,
-            &FloatPanel::kScore,
-            read_loop,
-            fma_loop,
-            kChains * kLanes * 2};
+    return {name,      kPanelRows,        stage, widen,       gather,  transpose, dots_of_rows, dots_of_panel,
+            prune_max, prune_log_sum_exp, dot,   prune_bound, nullptr, read_loop, fma_loop,     kChains * kLanes * 2};
   }
 };

@@ -57,7 +57,8 @@ bool scan_group(const ScanRequest& request, int64_t first, int64_t last, int64_t
   }
   group.bounds = make_bounds(request, group.packed, users, padded);
   group.threads = useful_threads(request, queries, padded);
-  const int64_t wide = std::lcm(request.kernels->panel_rows, request.kernels->cheap->panel_rows);
+  const CheapScore* cheap = group.bounds.score;
+  const int64_t wide = std::lcm(request.kernels->panel_rows, cheap ? cheap->panel_rows : 1);
   const int64_t share = group.threads == 1 ? n : n / (8 * group.threads);
   group.chunk_rows = round_up(std::clamp<int64_t>(share, 1, kChunkRows), wide);
   group.capacity = topk_buffer_capacity(std::min(request.k, n), n);

@@ -3,17 +3,9 @@
 
 #include "group.h"
 #include "pace.h"
+#include "workspace.h"
 
 namespace urm {
-
-// One thread's working memory, allocated before the threads start.
-struct Workspace {
-  AlignedVector<float> rows, panel, dots, bias;
-  AlignedVector<char> cheap_panel{};
-  AlignedVector<float> cheap_dots{}, lengths{}, row{}, user_dots{};
-
-  explicit Workspace(const Group& group);
-};
 
 class Scanner {
  public:
@@ -34,15 +26,14 @@ class Scanner {
   void scan_panels(int64_t begin, int64_t end);
   void scan_bounded(int64_t begin, int64_t end);
 
-  const float* tile(int64_t row, int64_t count, int64_t* stride);
-  void stage_cheap(int64_t row, int64_t column);
-  Ahead ahead(int64_t row, int64_t count) const;
-  const float* load_bias(int64_t row, int64_t count);
-
   void select(int64_t row, int64_t count, const float* dots, int64_t stride);
   void select_bounded(const Slice& slice, int64_t row, int64_t column);
-  bool rescore(int64_t user, int64_t row, const float* cheap, float length, float bias, float threshold, float* score);
-  const float* whole_row(int64_t row);
+  // What is known of one row: cheap scores of the user's queries, panel_rows apart, and its side of the bound.
+  struct Bounded {
+    const float* cheap;
+    float scale, length;
+  };
+  bool rescore(int64_t user, int64_t row, const Bounded& bounded, float bias, float threshold, float* score);
 
   void adopt_floors();
   void publish_floors();

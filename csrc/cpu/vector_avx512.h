@@ -1,5 +1,5 @@
-// 16 floats in one AVX-512 register. Included by the files compiled for AVX-512 only, inside an anonymous namespace (see
-// kernels_template.h), after <immintrin.h> and "views.h".
+// 16 floats in one AVX-512 register. Included by the files compiled for AVX-512 only, inside an anonymous namespace
+// (see kernels_template.h), after <immintrin.h> and "views.h".
 #pragma once
 
 struct Vector {
@@ -18,7 +18,6 @@ struct Vector {
   static Vector subtract(Vector x, Vector y) { return {_mm512_sub_ps(x.v, y.v)}; }
   static Vector max(Vector x, Vector y) { return {_mm512_max_ps(x.v, y.v)}; }
   static Vector abs(Vector x) { return {_mm512_abs_ps(x.v)}; }
-  static Vector root(Vector x) { return {_mm512_sqrt_ps(x.v)}; }
   static uint32_t unordered(Vector x) { return _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q); }
   static uint32_t less(Vector x, Vector y) { return _mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ); }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
@@ -37,23 +36,33 @@ struct Vector {
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(half << 16)));
   }
 
-  // The canonical tree of 16 vectors at once: each level adds and packs two into one, so 15 additions do 16 trees.
-  static Vector tree(const Vector* sum) {
+  // The tree of 16 vectors at once: each level combines and packs two into one, so 15 operations do 16 trees.
+  template <class Combine>
+  static Vector fold(const Vector* sum, Combine combine) {
     __m512 eight[8], four[4], two[2];
 #pragma GCC unroll 8
     for (int n = 0; n < 8; ++n) {
       const __m512 a = sum[row_of(2 * n)].v, b = sum[row_of(2 * n + 1)].v;
-      eight[n] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+      eight[n] = combine(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
     }
 #pragma GCC unroll 4
     for (int n = 0; n < 4; ++n)
-      four[n] = _mm512_add_ps(_mm512_shuffle_f32x4(eight[2 * n], eight[2 * n + 1], 0x88),
-                              _mm512_shuffle_f32x4(eight[2 * n], eight[2 * n + 1], 0xDD));
+      four[n] = combine(_mm512_shuffle_f32x4(eight[2 * n], eight[2 * n + 1], 0x88),
+                        _mm512_shuffle_f32x4(eight[2 * n], eight[2 * n + 1], 0xDD));
 #pragma GCC unroll 2
     for (int n = 0; n < 2; ++n)
-      two[n] = _mm512_add_ps(_mm512_shuffle_ps(four[2 * n], four[2 * n + 1], 0x44),
-                             _mm512_shuffle_ps(four[2 * n], four[2 * n + 1], 0xEE));
-    return {_mm512_add_ps(_mm512_shuffle_ps(two[0], two[1], 0x88), _mm512_shuffle_ps(two[0], two[1], 0xDD))};
+      two[n] = combine(_mm512_shuffle_ps(four[2 * n], four[2 * n + 1], 0x44),
+                       _mm512_shuffle_ps(four[2 * n], four[2 * n + 1], 0xEE));
+    return {combine(_mm512_shuffle_ps(two[0], two[1], 0x88), _mm512_shuffle_ps(two[0], two[1], 0xDD))};
+  }
+
+  static Vector tree(const Vector* sum) {
+    return fold(sum, [](__m512 x, __m512 y) { return _mm512_add_ps(x, y); });
+  }
+
+  // The largest lane of each of 16 vectors.
+  static Vector largest(const Vector* v) {
+    return fold(v, [](__m512 x, __m512 y) { return _mm512_max_ps(x, y); });
   }
 
   // Row that must enter the packing at place n so that results come out in row order.

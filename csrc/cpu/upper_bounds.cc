@@ -1,0 +1,42 @@
+#include "upper_bounds.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "float_environment.h"
+#include "workspace.h"
+
+namespace urm {
+
+bool upper_bounds(const QueriesView& queries, const MatrixView& items, const Kernels& kernels, float* out) {
+  const DefaultFloatEnvironment environment;
+  ScanRequest request;
+  request.queries = queries;
+  request.items = items;
+  request.kernels = &kernels;
+  request.scan = ScanMode::kBounded;
+  const int64_t padded = round_up(std::max<int64_t>(queries.r, 1), kLanes), n = items.rows;
+  Group group{request, 0, queries.users, padded, pack_queries(queries, Reduce::kMax, 0, queries.users, padded)};
+  group.bounds = make_bounds(request, group.packed, queries.users, padded);
+  if (!group.bounds.score) return false;
+  const CheapScore& cheap = *group.bounds.score;
+  Workspace work(group);
+  const CheapSession session(&cheap);
+  std::fill(out, out + group.packed.total * n, std::numeric_limits<float>::infinity());
+  for (int64_t row = 0; row + kLanes <= n; row += kLanes) {
+    stage_cheap(group, work, row, 0);
+    for (const Slice& slice : group.bounds.slices) {
+      cheap.dots(work.cheap_panel.data(), group.bounds.queries.data() + slice.offset, slice.queries, padded,
+                 work.cheap_dots.data());
+      for (int64_t q = 0; q < slice.queries; ++q)
+        for (int64_t i = 0; i < kLanes; ++i) {
+          const float slack = group.bounds.slack[slice.first_query + q] * work.lengths[i];
+          const float bound = work.scales[i] * (work.cheap_dots[q * cheap.panel_rows + i] + slack);
+          if (work.lengths[i] - work.lengths[i] == 0.0f) out[(slice.first_query + q) * n + row + i] = bound;
+        }
+    }
+  }
+  return true;
+}
+
+}  // namespace urm

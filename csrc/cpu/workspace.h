@@ -1,0 +1,47 @@
+// One thread's working memory, and how rows of the table get into it.
+#pragma once
+
+#include "group.h"
+
+namespace urm {
+
+// Allocated before the threads start.
+struct Workspace {
+  AlignedVector<float> rows, panel, dots, bias;
+  AlignedVector<char> cheap_panel{};
+  AlignedVector<float> cheap_dots{}, scales{}, lengths{}, row{}, user_dots{};
+
+  explicit Workspace(const Group& group);
+};
+
+// A cheap score's preparation of the thread, for the life of a scope.
+class CheapSession {
+ public:
+  explicit CheapSession(const CheapScore* score) : score_(score) {
+    if (score_ && score_->enter) score_->enter();
+  }
+  ~CheapSession() {
+    if (score_ && score_->leave) score_->leave();
+  }
+  CheapSession(const CheapSession&) = delete;
+  CheapSession& operator=(const CheapSession&) = delete;
+
+ private:
+  const CheapScore* score_;
+};
+
+// Up to 16 padded fp32 rows: the table itself where it has that form, else widened into the workspace.
+const float* tile_of(const Group& group, Workspace& work, int64_t row, int64_t count, int64_t* stride);
+
+// One row likewise.
+const float* row_of(const Group& group, Workspace& work, int64_t row);
+
+// 16 rows into columns [column, column + 16) of the cheap panel, with their scales and lengths.
+void stage_cheap(const Group& group, Workspace& work, int64_t row, int64_t column);
+
+const float* bias_of(const Group& group, Workspace& work, int64_t row, int64_t count);
+
+// Where rows follow each other without a gap, the memory of `count` of them; nothing where the cache holds the table.
+Ahead memory_of(const MatrixView& items, int64_t row, int64_t count);
+
+}  // namespace urm
