@@ -49,7 +49,7 @@ def device():
 
 @pytest.fixture(params=MACHINES, ids=lambda machine: "/".join(filter(None, machine)))
 def machine(request, device):
-    """(backend, instruction set), forced for the test."""
+    """(backend, instruction set, way to scan), forced for the test."""
     if request.param[:2] not in available_backends(device):
         pytest.skip(f"{'/'.join(filter(None, request.param))} cannot run on {device} of this machine")
     with forced(*request.param):

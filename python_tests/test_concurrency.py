@@ -8,10 +8,11 @@ import time
 
 import pytest
 import torch
+from conftest import CHEAP_SCORES
 from support import PACKAGE_ROOT, REDUCTIONS, assert_same_bits, by_reference, run_python
 
 from urm_kernels import score_topk
-from urm_kernels.testing import make_items, make_queries
+from urm_kernels.testing import available_backends, make_items, make_queries
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -199,3 +200,54 @@ def test_the_interpreter_exits_while_a_daemon_thread_scans():
         print("leaving")
     """)
     assert out == "leaving\n"
+
+
+@pytest.mark.parametrize("isa", CHEAP_SCORES)
+def test_a_signal_handler_may_scan_during_a_scan(isa):
+    # The handler also lets torch use the processor's tiles (bfloat16 products) in its own way.
+    if ("cpu", isa) not in available_backends():
+        pytest.skip(f"{isa} cannot run on this machine")
+    out = run_python(
+        """
+        import os, signal
+        import torch
+        from urm_kernels import score_topk
+        generator = torch.Generator().manual_seed(0)
+        items = torch.randn(4096, 32, generator=generator).repeat(150, 1)
+        queries = torch.randn(60, 8, 32, generator=generator)
+        wanted = score_topk(queries, items[:4096], 5)
+        os.environ["URM_CPU_SCAN"] = "bounded"
+        calls = []
+        def handler(signum, frame):
+            if len(calls) < 20:
+                torch.ones(64, 64).bfloat16() @ torch.ones(64, 64).bfloat16()
+                calls.append(score_topk(queries, items[:4096], 5))
+        signal.signal(signal.SIGALRM, handler)
+        while len(calls) < 3:
+            signal.setitimer(signal.ITIMER_REAL, 0.002)
+            result = score_topk(queries, items, 5 * 150)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for inner in calls:
+            assert torch.equal(inner.scores, wanted.scores) and torch.equal(inner.ids, wanted.ids)
+        assert torch.equal(result.scores[:, ::150], wanted.scores) and torch.equal(result.ids[:, ::150], wanted.ids)
+        print("done")
+        """,
+        URM_CPU_ISA=isa,
+        URM_CPU_SCAN="exact",
+    )
+    assert out == "done\n"
+
+
+@pytest.mark.parametrize("isa", CHEAP_SCORES)
+def test_torch_products_in_between_change_nothing_and_are_not_changed(monkeypatch, isa):
+    if ("cpu", isa) not in available_backends():
+        pytest.skip(f"{isa} cannot run on this machine")
+    items = make_items("iid", 5000, 64, 1)
+    queries = make_queries("iid", 3, 8, 64, 1, items)
+    left, right = items[:256].bfloat16(), items[256:512].bfloat16().T
+    wanted, product = by_reference(queries, items, 50), left @ right
+    monkeypatch.setenv("URM_CPU_ISA", isa)
+    monkeypatch.setenv("URM_CPU_SCAN", "bounded")
+    for _ in range(5):
+        assert_same_bits(score_topk(queries, items, 50), wanted)
+        assert torch.equal(left @ right, product)

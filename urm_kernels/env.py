@@ -18,6 +18,7 @@ from .testing import available_backends, forced
 SETTINGS = {
     "URM_BACKEND": "backend of calls that name none: " + ", ".join(select.BACKENDS),
     "URM_CPU_ISA": "instruction set of the cpu backend, one of those listed above",
+    "URM_CPU_SCAN": "how the cpu backend scores rows: auto, exact, bounded (a cheap bound first); the result is the same",
     "URM_NUM_THREADS": "threads of the cpu backend, exactly; default: torch.get_num_threads(), fewer for small calls",
 }
 
@@ -98,7 +99,7 @@ def self_check() -> list[tuple[str, str]]:
     """Every usable backend and instruction set against the reference, bit for bit, and a timing of the one chosen."""
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(2, 5, 48, generator=generator)
-    items = torch.randn(1500, 48, generator=generator)
+    items = torch.randn(5000, 48, generator=generator)  # enough for a bounded scan
     wanted = scoring.score_topk(queries, items, 20, backend="reference")
     lines = []
     for backend, isa in available_backends():

@@ -68,8 +68,8 @@ URM_HOST_DEVICE float canonical_log_sum_exp(const float* dot, int64_t stride, in
   return largest + canonical_log(sum);
 }
 
-// What the function above can add to the largest of `count` dots, itself not above `bound`: at most relative * |bound|
-// + offset. log(count) by exact arithmetic, the stated error twice, and the rounding of this sum.
+// The function above, of `count` dots none of which is above `bound`, is at most bound + relative * |bound| + offset as
+// these roundings go: log(count) and room for the stated error, twice over.
 URM_HOST_DEVICE void log_sum_exp_excess(int64_t count, float* relative, float* offset) {
   *relative = 4e-6f;
   *offset = canonical_log(static_cast<float>(count)) + 8 * *relative;

@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#if defined(URM_X86)
+#if defined(URM_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -15,6 +15,8 @@ extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const CheapScore kVnniCheapScore;
+#endif
+#if defined(URM_AMX)
 extern const CheapScore kAmxCheapScore;
 #endif
 
@@ -27,7 +29,9 @@ Kernels with_cheap_score(const char* name, const CheapScore& cheap) {
   kernels.cheap = &cheap;
   return kernels;
 }
+#endif
 
+#if defined(URM_AMX)
 // Linux gives a process the tiles' registers on request only, and refuses where signal stacks are too small for them.
 bool tiles_granted() {
 #if defined(SYS_arch_prctl)
@@ -43,6 +47,8 @@ struct UsableKernels {
   const Kernels* table[5];
 #if defined(URM_X86)
   const Kernels vnni = with_cheap_score("avx512_vnni", kVnniCheapScore);
+#endif
+#if defined(URM_AMX)
   const Kernels amx = with_cheap_score("amx", kAmxCheapScore);
 #endif
   int count = 0;
@@ -53,9 +59,11 @@ struct UsableKernels {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(URM_AMX)
     if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
         __builtin_cpu_supports("amx-bf16") && tiles_granted())
       table[count++] = &amx;
+#endif
     if (avx512 && __builtin_cpu_supports("avx512vnni")) table[count++] = &vnni;
     if (avx512) table[count++] = &kAvx512Kernels;
     if (avx2) table[count++] = &kAvx2Kernels;

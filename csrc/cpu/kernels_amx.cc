@@ -3,9 +3,9 @@
 //
 // Each element of a bfloat16 row is taken as it is; a float32 element x is cut to the 8 significant bits of xc, so that
 // 1 <= x / xc < 1 + 2^-7. Queries for such rows are lengthened by 1 + 2^-8, which leaves an error of 2^-8 |x| to either
-// side, no more than rounding would; cutting costs half of it. Queries are then rounded, 2^-8 again. Sums are fp32, of
-// at most r fused products and r / 2 additions in an order that does not matter here. Denormal numbers count as zero
-// and become zero, which kLeastLength covers.
+// side, no more than rounding would; cutting costs half of it. Queries are then rounded, 2^-8 again. Sums are fp32, in
+// an order that does not matter here: 3 r / 2 roundings are allowed for. Denormal numbers count as zero and become
+// zero, which kLeastLength covers.
 #include <immintrin.h>
 
 #include "../common/canonical_dot.h"
@@ -43,10 +43,9 @@ void leave() {
   _tile_release();
 }
 
-// The row's error, the query's, their product, and as much for the lengthened query.
 float error(DType rows, int64_t r) {
   const float row = rows == DType::kBFloat16 ? 0.0f : kRounding;
-  return row + kRounding + 2 * kRounding * kRounding + sum_error(r);
+  return row + kRounding + sum_error(r);
 }
 
 // Elements of a bfloat16 row are paired with their neighbour, those of a float32 row with the one 16 further on.
@@ -56,12 +55,6 @@ __m512i rounded(__m512 low, __m512 high, DType rows) {
   const __m512i apart = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(apart, neighbours);
-}
-
-__m512i cut(const float* from, bool whole) {
-  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
-  const __m512i low = _mm512_srli_epi32(_mm512_loadu_si512(from), 16);
-  return whole ? _mm512_or_si512(low, _mm512_and_si512(upper, _mm512_loadu_si512(from + kLanes))) : low;
 }
 
 // [tile of 16 queries][tile of 32 elements][query][element]
@@ -81,52 +74,56 @@ void pack_queries(const float* queries, const float* lengths, int64_t count, int
   for (int64_t q = 0; q < count; ++q) slack[q] = error(rows, padded) * lengths[q];
 }
 
-// Lengths of 16 rows of a panel, or more; float32 ones as they were before they were cut.
-void measure(const char* column, int64_t padded, float* lengths) {
-  constexpr int kChains = 4;
-  __m512 squares[2 * kChains];
-  for (auto& s : squares) s = _mm512_setzero_ps();
-  for (int64_t e = 0; e < padded; e += kTileWidth, column += kPanelTiles * kTileBytes)
-#pragma GCC unroll 16
-    for (int p = 0; p < kTilePairs; ++p) {
-      // The upper element keeps the lower one as further digits, which can only lengthen it.
-      const __m512 high = _mm512_load_ps(column + p * kLineBytes);
-      const __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(high), 16));
-      __m512* chain = squares + 2 * (p % kChains);
-      chain[0] = _mm512_fmadd_ps(high, high, chain[0]);
-      chain[1] = _mm512_fmadd_ps(low, low, chain[1]);
-    }
-  for (int i = kChains; i > 0; i /= 2)
-    for (int j = 0; j < i; ++j) squares[j] = _mm512_add_ps(squares[j], squares[j + i]);
-  const __m512 growth = _mm512_set1_ps((1.0f + kCut) * (1.0f + sum_error(padded)));
-  _mm512_storeu_ps(lengths, _mm512_fmadd_ps(_mm512_sqrt_ps(squares[0]), growth, _mm512_set1_ps(kLeastLength)));
+// A line of a tile, 32 elements in bfloat16, from elements [e, e + 32) of a row; adds their squares to `squares`.
+template <bool kHalf>
+__m512i line_of(const char* row, int64_t e, int64_t padded, __m512& squares) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+  __m512i line, low, high;
+  if (kHalf) {
+    line = _mm512_loadu_si512(row + 2 * e);
+    low = _mm512_slli_epi32(line, 16);
+    high = _mm512_and_si512(line, upper);
+  } else {
+    const float* from = reinterpret_cast<const float*>(row) + e;
+    low = _mm512_loadu_si512(from);
+    high = e + kLanes < padded ? _mm512_loadu_si512(from + kLanes) : _mm512_setzero_si512();
+    line = _mm512_or_si512(_mm512_srli_epi32(low, 16), _mm512_and_si512(high, upper));
+  }
+  squares = _mm512_fmadd_ps(_mm512_castsi512_ps(low), _mm512_castsi512_ps(low), squares);
+  squares = _mm512_fmadd_ps(_mm512_castsi512_ps(high), _mm512_castsi512_ps(high), squares);
+  return line;
 }
 
-// Panel: [tile of 32 elements][column of 16 rows][pair of elements][row].
+// Panel: [tile of 32 elements][column of 16 rows][pair of elements][row]. Rows are read one after the other, as memory
+// likes it, and transposed from the first-level cache.
 template <bool kHalf>
 void stage_as(const char* rows, int64_t stride_bytes, int64_t padded, Ahead ahead, char* column, float* lengths) {
+  constexpr int64_t kChunkTiles = 8;
+  constexpr int64_t kLinesPerTile = kHalf ? 1 : 2;
+  alignas(64) char scratch[kTileRows * kChunkTiles * kLineBytes];
   const char* next = ahead.lines ? ahead.address : rows;
   const int64_t line = ahead.lines ? kLineBytes : 0;
-  char* to = column;
-  for (int64_t e = 0; e < padded; e += kTileWidth, to += kPanelTiles * kTileBytes) {
-    Vector pair[kTilePairs];
-#pragma GCC unroll 16
-    for (int i = 0; i < kTileRows; ++i) {
-      const char* row = rows + i * stride_bytes;
-      _mm_prefetch(next, _MM_HINT_T1);
-      next += line;
-      if (!kHalf) {
-        _mm_prefetch(next, _MM_HINT_T1);
-        next += line;
+  Vector squares[kTileRows];
+  for (auto& s : squares) s = Vector::zero();
+  for (int64_t first = 0; first < padded; first += kChunkTiles * kTileWidth) {
+    const int64_t left = (padded - first + kTileWidth - 1) / kTileWidth,
+                  tiles = left < kChunkTiles ? left : kChunkTiles;
+    for (int i = 0; i < kTileRows; ++i)
+      for (int64_t t = 0; t < tiles; ++t) {
+        for (int64_t l = 0; l < kLinesPerTile; ++l, next += line) _mm_prefetch(next, _MM_HINT_T1);
+        const __m512i packed = line_of<kHalf>(rows + i * stride_bytes, first + t * kTileWidth, padded, squares[i].v);
+        _mm512_store_si512(scratch + (i * kChunkTiles + t) * kLineBytes, packed);
       }
-      const __m512i elements =
-          kHalf ? _mm512_loadu_si512(row + 2 * e) : cut(reinterpret_cast<const float*>(row) + e, e + kLanes < padded);
-      pair[i].v = _mm512_castsi512_ps(elements);
+    for (int64_t t = 0; t < tiles; ++t, column += kPanelTiles * kTileBytes) {
+      Vector pair[kTilePairs];
+      for (int i = 0; i < kTileRows; ++i) pair[i].v = _mm512_load_ps(scratch + (i * kChunkTiles + t) * kLineBytes);
+      Vector::transpose(pair);
+      for (int p = 0; p < kTilePairs; ++p) pair[p].store(reinterpret_cast<float*>(column + p * kLineBytes));
     }
-    Vector::transpose(pair);
-    for (int p = 0; p < kTilePairs; ++p) pair[p].store(reinterpret_cast<float*>(to + p * kLineBytes));
   }
-  measure(column, padded, lengths);
+  const __m512 growth = _mm512_set1_ps(1.0f + sum_error(padded));
+  const __m512 length = _mm512_sqrt_ps(Vector::tree(squares).v);
+  _mm512_storeu_ps(lengths, _mm512_fmadd_ps(length, growth, _mm512_set1_ps(kLeastLength)));
 }
 
 void stage(const void* rows, DType dtype, int64_t stride_bytes, int64_t padded, int column, Ahead ahead, void* panel,

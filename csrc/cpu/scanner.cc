@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "../common/log_sum_exp.h"
+#include "float_environment.h"
 
 namespace urm {
 namespace {
@@ -13,20 +14,23 @@ constexpr int64_t kStretchRows = 192;  // whole panels of 48 and 64 rows; the pa
 }  // namespace
 
 void Scanner::run() {
-  const CheapSession session(group_.bounds.score);
   const int64_t n = request_.items.rows;
   for (;;) {
     const int64_t begin = group_.next_chunk.fetch_add(1, std::memory_order_relaxed) * group_.chunk_rows;
     if (begin >= n || group_.stop.load(std::memory_order_relaxed)) return;
     adopt_floors();
-    scan(begin, std::min(n, begin + group_.chunk_rows));
+    scan_chunk(begin, std::min(n, begin + group_.chunk_rows));
     publish_floors();
     if (slot_ == 0 && request_.interrupted && request_.interrupted())
       group_.stop.store(true, std::memory_order_relaxed);
   }
 }
 
-void Scanner::scan(int64_t begin, int64_t end) {
+// Rounding mode and tiles are set here and not once for all chunks: between two of them a signal handler may run, which
+// may scan itself.
+void Scanner::scan_chunk(int64_t begin, int64_t end) {
+  const DefaultFloatEnvironment environment;
+  const CheapSession session(group_.bounds.score);
   if (!group_.bounds.score) return scan_exact(begin, end);
   for (int64_t row = begin, stop; row < end; row = stop) {
     stop = std::min(end, row + kStretchRows);

@@ -20,7 +20,7 @@ class Scanner {
   void run();
 
  private:
-  void scan(int64_t begin, int64_t end);
+  void scan_chunk(int64_t begin, int64_t end);
   void scan_exact(int64_t begin, int64_t end);
   void scan_rows(int64_t begin, int64_t end);
   void scan_panels(int64_t begin, int64_t end);
