@@ -7,10 +7,19 @@ import random
 
 import pytest
 import torch
+from conftest import CHEAP_SCORES
 from support import HALVES, REDUCTIONS, assert_same_bits, bits, by_reference, packed
 
 from urm_kernels import score_topk
-from urm_kernels.testing import allowed_rows, compare_topk, full_scores, make_items, make_queries, score_tolerance
+from urm_kernels.testing import (
+    allowed_rows,
+    available_backends,
+    compare_topk,
+    full_scores,
+    make_items,
+    make_queries,
+    score_tolerance,
+)
 
 RANKS = (1, 7, 16, 31, 64, 65, 128, 200)
 QUERIES = (1, 2, 3, 4, 5, 8, 9, 13, 20)
@@ -224,3 +233,30 @@ def test_log_sum_exp_keeps_its_stated_error(machine, device, spread, count):
     truth = dots.double().logsumexp(0)
     error = (result.scores[0].cpu().double() - truth[result.ids[0].cpu()]).abs()
     assert (error <= 2e-6 * dots.abs().max().clamp(min=1).double()).all()
+
+
+@pytest.mark.parametrize("isa", CHEAP_SCORES)
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("misled", ["nobody", "everybody", "some"])
+def test_thresholds_guessed_from_a_sample_change_nothing(monkeypatch, isa, reduce, misled):
+    # Bounded scans of 65,536 rows and more guess from every 256th row for k from 512 on; where just those rows are good,
+    # the guess is refuted.
+    if ("cpu", isa) not in available_backends():
+        pytest.skip(f"{isa} cannot run on this machine")
+    monkeypatch.setenv("URM_CPU_ISA", isa)
+    rows, r, generator = 66_000, 16, torch.Generator().manual_seed(9)
+    items = make_items("iid", rows, r, 9)
+    queries = make_queries("iid", 4, 3, r, 9, items)
+    if misled != "nobody":
+        items[::256, 0] = 300.0
+        queries[..., 0] = 1.0 if misled == "everybody" else torch.tensor([1.0, 0.0, -1.0, 0.0])[:, None]
+    bias = torch.rand(rows, generator=generator)
+    mask = torch.rand(4, rows, generator=generator) < torch.tensor([[1.0], [0.9], [0.009], [0.5]])
+    exclude = torch.arange(0, 256 * 40, 256).expand(4, 40)
+    variants = [{}, {"bias": bias, "mask": mask}, {"mask": packed(mask), "exclude": exclude, "sorted": False}]
+    for options in variants:
+        results = []
+        for scan in ("exact", "bounded"):
+            monkeypatch.setenv("URM_CPU_SCAN", scan)
+            results.append(score_topk(queries, items, 600, reduce=reduce, **options))
+        assert_same_bits(results[1], results[0], sorted=options.get("sorted", True))

@@ -32,6 +32,11 @@ URM_HOST_DEVICE uint64_t pack_key(float score, uint32_t row) {
   return (static_cast<uint64_t>(ordered_bits(score)) << 32) | (0xFFFFFFFFu - row);
 }
 
+// Not above the key of any row with this score, above those of all lower scores.
+URM_HOST_DEVICE uint64_t lowest_key(float score) {
+  return static_cast<uint64_t>(ordered_bits(score)) << 32;
+}
+
 URM_HOST_DEVICE float key_score(uint64_t key) {
   return from_ordered_bits(static_cast<uint32_t>(key >> 32));
 }

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "float_environment.h"
+#include "guess.h"
 #include "scanner.h"
 #include "thread_pool.h"
 
@@ -17,8 +18,8 @@ constexpr int64_t kDirectQueries = 8;            // up to here rows are read as 
 constexpr int64_t kWorkPerThread = 1 << 22;      // multiply-adds that pay for waking a thread, about 0.2 ms
 constexpr int64_t kChunkRows = 4096;             // rows handed out at a time
 
-// The threads' buffers of one user, merged, cut to k and written out.
-void write_user(Group& group, int64_t user) {
+// The threads' buffers of one user, merged, cut to k and written out. Returns how many rows they held.
+int64_t write_user(Group& group, int64_t user) {
   const ScanRequest& request = group.request;
   uint64_t* keys = group.keys.data() + user * group.threads * group.capacity;
   int64_t found = 0;
@@ -38,6 +39,7 @@ void write_user(Group& group, int64_t user) {
   }
   std::fill(scores + k, scores + request.k, -std::numeric_limits<float>::infinity());
   std::fill(ids + k, ids + request.k, int64_t{-1});
+  return found;
 }
 
 int useful_threads(const ScanRequest& request, int64_t queries, int64_t padded) {
@@ -46,8 +48,8 @@ int useful_threads(const ScanRequest& request, int64_t queries, int64_t padded) 
   return static_cast<int>(std::clamp<double>(work / kWorkPerThread, 1, std::max(request.threads, 1)));
 }
 
-// False when interrupted.
-bool scan_group(const ScanRequest& request, int64_t first, int64_t last, int64_t padded) {
+// False when interrupted. Users whose guessed threshold is refuted are scanned again without one.
+bool scan_group(const ScanRequest& request, int64_t first, int64_t last, int64_t padded, bool guess) {
   const int64_t n = request.items.rows, users = last - first;
   Group group{request, first, users, padded, pack_queries(request.queries, request.reduce, first, last, padded)};
   const int64_t queries = group.packed.total;
@@ -56,6 +58,8 @@ bool scan_group(const ScanRequest& request, int64_t first, int64_t last, int64_t
     pack_query_panel(group.packed.rows.data(), queries, padded, group.panel.data());
   }
   group.bounds = make_bounds(request, group.packed, users, padded);
+  AlignedVector<float> guesses;
+  if (guess && group.bounds.score) guesses = guess_thresholds(request, first, last);
   group.threads = useful_threads(request, queries, padded);
   const CheapScore* cheap = group.bounds.score;
   const int64_t wide = std::lcm(request.kernels->panel_rows, cheap ? cheap->panel_rows : 1);
@@ -69,16 +73,23 @@ bool scan_group(const ScanRequest& request, int64_t first, int64_t last, int64_t
   work.reserve(group.threads);
   for (int slot = 0; slot < group.threads; ++slot) {
     work.emplace_back(group);
-    for (int64_t user = 0; user < users; ++user)
+    for (int64_t user = 0; user < users; ++user) {
       group.buffers.emplace_back(group.keys.data() + (user * group.threads + slot) * group.capacity,
                                  std::min(request.k, n), group.capacity);
+      if (!guesses.empty()) group.buffers.back().raise_floor(lowest_key(guesses[user]));
+    }
   }
   if (queries && n && request.k) run_parallel(group.threads, [&](int slot) { Scanner(group, work[slot], slot).run(); });
   if (group.stop.load()) return false;
   std::atomic<int64_t> next_user{0};
+  AlignedVector<int64_t> found(users);
   run_parallel(static_cast<int>(std::min<int64_t>(group.threads, users)), [&](int) {
-    for (int64_t user; (user = next_user.fetch_add(1)) < users;) write_user(group, user);
+    for (int64_t user; (user = next_user.fetch_add(1)) < users;) found[user] = write_user(group, user);
   });
+  for (int64_t user = 0; user < static_cast<int64_t>(guesses.size()); ++user) {
+    const bool refuted = found[user] < request.k && guesses[user] > -std::numeric_limits<float>::infinity();
+    if (refuted && !scan_group(request, first + user, first + user + 1, padded, false)) return false;
+  }
   return true;
 }
 
@@ -93,7 +104,7 @@ bool scan_topk(const ScanRequest& request) {
   const int64_t by_memory = kGroupBufferBytes / (8 * capacity * std::max(request.threads, 1));
   const int64_t users = std::max<int64_t>(1, std::min(kGroupQueries / per_user, by_memory));
   for (int64_t first = 0; first < queries.users; first += users)
-    if (!scan_group(request, first, std::min(queries.users, first + users), padded)) return false;
+    if (!scan_group(request, first, std::min(queries.users, first + users), padded, true)) return false;
   return true;
 }
 

@@ -1,0 +1,13 @@
+// A threshold for each user before the scan: guessed from a sample, proven or refuted by the scan itself.
+#pragma once
+
+#include "aligned.h"
+#include "scan.h"
+
+namespace urm {
+
+// Scores that at least k rows are expected to reach for users [first, last), -inf where a user's sample is too small to
+// tell; empty where a sample does not pay. A guess is proven when k rows that reach it have been found.
+AlignedVector<float> guess_thresholds(const ScanRequest& request, int64_t first, int64_t last);
+
+}  // namespace urm
