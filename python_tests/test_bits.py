@@ -235,11 +235,22 @@ def test_log_sum_exp_keeps_its_stated_error(machine, device, spread, count):
     assert (error <= 2e-6 * dots.abs().max().clamp(min=1).double()).all()
 
 
+@pytest.mark.parametrize("count", [1000, 5000])
+def test_log_sum_exp_keeps_its_stated_error_however_many_queries(machine, device, count):
+    # exp(-0.357) is about 0.7: added plainly, each term errs to the same side while the sum lies between powers of two.
+    queries = torch.full((1, count, 1), -0.35667494)
+    queries[0, 0] = 0.0
+    items = torch.ones(64, 1)
+    result = score_topk(queries.to(device), items.to(device), 1, reduce="logsumexp")
+    truth = queries.double().logsumexp(1)
+    assert (result.scores.cpu().double() - truth).abs() <= 2e-6 * truth
+
+
 @pytest.mark.parametrize("isa", CHEAP_SCORES)
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("misled", ["nobody", "everybody", "some"])
 def test_thresholds_guessed_from_a_sample_change_nothing(monkeypatch, isa, reduce, misled):
-    # Bounded scans of 65,536 rows and more guess from every 256th row for k from 512 on; where just those rows are good,
+    # Bounded scans of 65,536 rows and more guess from every 256th row for k from 512 on; where only those are good,
     # the guess is refuted.
     if ("cpu", isa) not in available_backends():
         pytest.skip(f"{isa} cannot run on this machine")

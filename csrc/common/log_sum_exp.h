@@ -63,8 +63,14 @@ URM_HOST_DEVICE float canonical_log_sum_exp(const float* dot, int64_t stride, in
     if (d > largest) largest = d;
   }
   if (largest - largest != 0.0f) return largest;
-  float sum = 0.0f;
-  for (int64_t m = 0; m < count; ++m) sum += canonical_exp(dot[m * stride] - largest);
+  // Kahan's sum: plain addition would lose the stated error from some thousand queries on.
+  float sum = 0.0f, excess = 0.0f;
+  for (int64_t m = 0; m < count; ++m) {
+    const float term = canonical_exp(dot[m * stride] - largest) - excess;
+    const float next = sum + term;
+    excess = (next - sum) - term;
+    sum = next;
+  }
   return largest + canonical_log(sum);
 }
 

@@ -13,7 +13,8 @@
 
 namespace urm {
 
-constexpr float kLongestQuery = 0x1p60f;   // rows with finite squares are not longer than 2^64, or little: no overflow
+constexpr float kLongestQuery =
+    0x1p60f;  // with rows that are shorter than 2^64 (1 + a rounding), as their squares are finite, no sum overflows
 constexpr float kLeastLength = 0x1p-50f;   // added to lengths: covers what underflows or is flushed to zero
 constexpr int64_t kWidestCheapRow = 8192;  // up to here the terms of `sum_error` beyond the first order are covered
 

@@ -53,7 +53,7 @@ struct Kernels {
 
   // Upper bounds of 16 scores from a user's `count` cheap scores of each (`stride` apart, see cheap_score.h): the
   // largest times the row's scale, plus relative * |that| + offset (what the reduction can add), plus bias. Returns the
-  // lanes whose bound is not below `threshold`, and those that have none because their length is not finite.
+  // lanes whose bound is not below `threshold`; a length that is not finite makes it infinite or NaN, and neither is.
   uint32_t (*prune_bound)(const float* cheap, int64_t stride, int64_t count, const float* slack, const float* scales,
                           const float* lengths, float relative, float offset, const float* bias, float threshold);
 

@@ -3,9 +3,9 @@
 //
 // Each element of a bfloat16 row is taken as it is; a float32 element x is cut to the 8 significant bits of xc, so that
 // 1 <= x / xc < 1 + 2^-7. Queries for such rows are lengthened by 1 + 2^-8, which leaves an error of 2^-8 |x| to either
-// side, no more than rounding would; cutting costs half of it. Queries are then rounded, 2^-8 again. Sums are fp32, in
-// an order that does not matter here: 3 r / 2 roundings are allowed for. Denormal numbers count as zero and become
-// zero, which kLeastLength covers.
+// side, no more than rounding would; cutting costs half of it. Queries are then rounded, by at most 2^-8 / (1 + 2^-8),
+// so that both together are within 2^-7. Sums are fp32, in an order that does not matter here: 3 r / 2 roundings are
+// allowed for. Denormal numbers count as zero and become zero, which kLeastLength covers.
 #include <immintrin.h>
 
 #include "../common/canonical_dot.h"
@@ -23,8 +23,8 @@ constexpr int kLineBytes = 64;  // of a tile's row, and of the cache
 constexpr int kTileBytes = kTileRows * kLineBytes;
 constexpr int kPanelTiles = 4;  // columns of 16 rows in a panel
 constexpr int kPanelRows = kPanelTiles * kTileRows;
-constexpr float kRounding = 0x1p-8f;  // of a number to bfloat16, relative
-constexpr float kCut = 0x1p-7f;       // likewise, towards zero
+constexpr float kRounding = 0x1p-8f;     // of a number to bfloat16, relative
+constexpr float kLengthening = 0x1p-8f;  // of queries for rows that were cut
 
 // What _tile_loadconfig reads: eight tiles of 16 rows of 64 bytes. In memory of its own, since GCC 12 takes the
 // instruction for one that reads eight bytes only and drops stores to the others.
@@ -60,7 +60,7 @@ __m512i rounded(__m512 low, __m512 high, DType rows) {
 // [tile of 16 queries][tile of 32 elements][query][element]
 void pack_queries(const float* queries, const float* lengths, int64_t count, int64_t padded, DType rows, void* out,
                   float* slack) {
-  const __m512 longer = _mm512_set1_ps(rows == DType::kBFloat16 ? 1.0f : 1.0f + kCut / 2);
+  const __m512 longer = _mm512_set1_ps(rows == DType::kBFloat16 ? 1.0f : 1.0f + kLengthening);
   char* to = static_cast<char*>(out);
   for (int64_t first = 0; first < count; first += kTileRows)
     for (int64_t e = 0; e < padded; e += kTileWidth)

@@ -66,9 +66,6 @@ struct Vector {
   static Vector add(const Vector& x, const Vector& y) {
     return each([&](int i) { return x.v[i] + y.v[i]; });
   }
-  static Vector subtract(const Vector& x, const Vector& y) {
-    return each([&](int i) { return x.v[i] - y.v[i]; });
-  }
   static Vector max(const Vector& x, const Vector& y) {
     return each([&](int i) { return x.v[i] > y.v[i] ? x.v[i] : y.v[i]; });
   }

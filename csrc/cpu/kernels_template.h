@@ -225,8 +225,7 @@ struct KernelsOf {
     bound = V::multiply(bound, V::load(scales));
     if (relative) bound = V::add(V::fma(V::abs(bound), V::broadcast(relative), bound), V::broadcast(offset));
     if (bias) bound = V::add(bound, V::load(bias));
-    const uint32_t without_bound = V::unordered(V::subtract(length, length));  // inf - inf is NaN
-    return (without_bound | ~V::less(bound, V::broadcast(threshold))) & 0xFFFFu;
+    return ~V::less(bound, V::broadcast(threshold)) & 0xFFFFu;
   }
 
   // Every lane counts: what a result does not depend on, the compiler leaves out of the measured loop.

@@ -5,9 +5,10 @@
 //
 //   |q . x - a b (u . c)| <= f |x| + |b u| a h sqrt(r) <= S a (|x| / a + k h sqrt(r)),   S = max(f, |b u| / k)
 //
-// for any k; kBalance is about what |b u| / f comes to. S also has the roundings (sum_error), and a and b are at least
-// 2^-60, so that nothing underflows. u . c is exact in 32-bit integers. Codes of rows are stored
-// plus 128, as the instruction multiplies unsigned by signed bytes; -128 sum(u) is where its sums start.
+// for any k; kBalance is about what |b u| / f comes to. S also has the roundings (sum_error of the query's length,
+// which is never 0), and a and b are at least 2^-60, so that nothing underflows. u . c is exact in 32-bit integers.
+// Codes of rows are stored plus 128, as the instruction multiplies unsigned by signed bytes; -128 sum(u) is where its
+// sums start.
 #include <immintrin.h>
 
 #include "../common/canonical_dot.h"

@@ -142,7 +142,8 @@ void Scanner::select_bounded(const Slice& slice, int64_t row, int64_t column) {
 }
 
 // The exact score of a survivor; false where it is NaN or below the threshold. Under max only queries whose own bound
-// reaches the threshold are asked: if the score reaches it, the winner is among them.
+// reaches the threshold are asked: if the score reaches it, the winner is among them. All are where the row is not
+// finite, as in prune_bound.
 bool Scanner::rescore(int64_t user, int64_t row, const Bounded& bounded, float bias, float threshold, float* score) {
   const int64_t first = group_.packed.start[user], queries = group_.packed.start[user + 1] - first;
   const int64_t stride = group_.bounds.score->panel_rows, padded = group_.padded;
@@ -153,11 +154,10 @@ bool Scanner::rescore(int64_t user, int64_t row, const Bounded& bounded, float b
     for (int64_t m = 0; m < queries; ++m) work_.user_dots[m] = kernels_.dot(factors, query + m * padded, padded);
     *score = canonical_log_sum_exp(work_.user_dots.data(), 1, queries);
   } else {
-    const bool finite = bounded.length - bounded.length == 0.0f;
     float largest = -std::numeric_limits<float>::infinity();
     for (int64_t m = 0; m < queries; ++m) {
       const float bound = bounded.scale * (bounded.cheap[m * stride] + slack[m] * bounded.length);
-      if (finite && bound + bias < threshold) continue;
+      if (bound + bias < threshold) continue;
       const float dot = kernels_.dot(factors, query + m * padded, padded);
       if (dot != dot) return false;
       largest = std::max(largest, dot);

@@ -15,7 +15,6 @@ struct Vector {
   static Vector fma(Vector x, Vector y, Vector z) { return {_mm512_fmadd_ps(x.v, y.v, z.v)}; }
   static Vector multiply(Vector x, Vector y) { return {_mm512_mul_ps(x.v, y.v)}; }
   static Vector add(Vector x, Vector y) { return {_mm512_add_ps(x.v, y.v)}; }
-  static Vector subtract(Vector x, Vector y) { return {_mm512_sub_ps(x.v, y.v)}; }
   static Vector max(Vector x, Vector y) { return {_mm512_max_ps(x.v, y.v)}; }
   static Vector abs(Vector x) { return {_mm512_abs_ps(x.v)}; }
   static uint32_t unordered(Vector x) { return _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q); }

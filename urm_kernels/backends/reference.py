@@ -95,10 +95,12 @@ def canonical_log_sum_exp(dots: Tensor, exists: Tensor) -> Tensor:
     """log(sum over existing m of exp(dots[:, m])): dots [B, M, n], exists [B, M]."""
     there = exists[..., None]
     largest = dots.masked_fill(~there, -torch.inf).amax(1)
-    total = torch.zeros_like(largest)
+    total, excess = torch.zeros_like(largest), torch.zeros_like(largest)  # Kahan's sum
     for m in range(dots.shape[1]):
-        term = canonical_exp(dots[:, m] - largest)
-        total = torch.where(there[:, m], total + term, total)
+        term = canonical_exp(dots[:, m] - largest) - excess
+        following = total + term
+        excess = torch.where(there[:, m], (following - total) - term, excess)
+        total = torch.where(there[:, m], following, total)
     finite = torch.isfinite(largest)
     return torch.where(finite, largest + canonical_log(total.masked_fill(~finite, 1.0)), largest)
 
