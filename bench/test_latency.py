@@ -218,10 +218,10 @@ def test_scan(cell: Cell, benchmark: Any, record: Any, request: pytest.FixtureRe
     bandwidth, rate = [], []
 
     def turn() -> None:
-        bandwidth.append(testing.read_bandwidth(rounds=1))
-        rate.append(testing.fma_rate(rounds=1))
         contest.turn()
         time.sleep(_PAUSE)
+        rate.append(testing.fma_rate(rounds=1))
+        bandwidth.append(testing.read_bandwidth(rounds=1))
 
     benchmark.pedantic(call, setup=turn, rounds=max(3, _rounds(first)), iterations=1)
     seconds = _median(benchmark, first)
