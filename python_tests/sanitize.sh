@@ -1,6 +1,6 @@
 #!/bin/sh
 # sanitize.sh KIND BIN: builds the CPU extension with -fsanitize=KIND beside the real one and runs the tests of values,
-# shapes, bits and concurrency on it.
+# shapes, bits, bounds, gradients and concurrency on it.
 set -eu
 kind=$1
 bin=$(cd "$2" && pwd)
@@ -19,8 +19,12 @@ cp -r "$top/urm_kernels" "$build/package/"
 rm -f "$build"/package/urm_kernels/_c*.so
 cp "$build"/_cpu*.so "$build/package/urm_kernels/"
 
+left_out=reference
 case $kind in
-address) runtime=$(g++ -print-file-name=libasan.so) ;;
+address)
+  runtime=$(g++ -print-file-name=libasan.so)
+  left_out="reference or fork_while_another_thread"  # a lock of libasan's own allocator stays taken in such a child
+  ;;
 undefined) runtime=$(g++ -print-file-name=libubsan.so) ;;
 thread) runtime=$(g++ -print-file-name=libtsan.so) ;;
 esac
@@ -36,6 +40,6 @@ import pytest
 import urm_kernels._cpu
 assert urm_kernels._cpu.__file__.startswith(sys.path[1]), urm_kernels._cpu.__file__
 sys.exit(pytest.main(sys.argv[1:]))' \
-  -q -p no:cacheprovider -c "$top/pyproject.toml" --rootdir "$top" -k "not reference" \
+  -q -p no:cacheprovider -c "$top/pyproject.toml" --rootdir "$top" -k "not ($left_out)" \
   "$top"/python_tests/test_bits.py "$top"/python_tests/test_values.py "$top"/python_tests/test_shapes.py \
-  "$top"/python_tests/test_gradients.py "$top"/python_tests/test_concurrency.py
+  "$top"/python_tests/test_gradients.py "$top"/python_tests/test_concurrency.py "$top"/python_tests/test_bounds.py

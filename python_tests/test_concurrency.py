@@ -152,9 +152,10 @@ def test_fork_while_another_thread_is_scanning():
 
 
 LONG = """
-import time
+import signal
 import torch
 from urm_kernels import score_topk
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process is started without it
 items = torch.ones(1, 16).expand(2**31, 16)
 small = torch.arange(40.0).view(10, 4)
 queries = torch.ones({users}, {count}, 16)
