@@ -56,6 +56,14 @@ def machine(request, device):
         yield request.param
 
 
+@pytest.fixture(params=CHEAP_SCORES)
+def cheap_isa(request):
+    """An instruction set that bounded scans can use here."""
+    if ("cpu", request.param) not in available_backends():
+        pytest.skip(f"cpu/{request.param} cannot run on this machine")
+    return request.param
+
+
 @pytest.fixture(params=["cpu", "reference"])
 def backend(request, device):
     """The backends by name, each with its best instruction set."""

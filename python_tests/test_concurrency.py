@@ -8,11 +8,10 @@ import time
 
 import pytest
 import torch
-from conftest import CHEAP_SCORES
 from support import PACKAGE_ROOT, REDUCTIONS, assert_same_bits, by_reference, run_python
 
 from urm_kernels import score_topk
-from urm_kernels.testing import available_backends, make_items, make_queries
+from urm_kernels.testing import make_items, make_queries
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -203,11 +202,8 @@ def test_the_interpreter_exits_while_a_daemon_thread_scans():
     assert out == "leaving\n"
 
 
-@pytest.mark.parametrize("isa", CHEAP_SCORES)
-def test_a_signal_handler_may_scan_during_a_scan(isa):
+def test_a_signal_handler_may_scan_during_a_scan(cheap_isa):
     # The handler also lets torch use the processor's tiles (bfloat16 products) in its own way.
-    if ("cpu", isa) not in available_backends():
-        pytest.skip(f"{isa} cannot run on this machine")
     out = run_python(
         """
         import os, signal
@@ -233,21 +229,18 @@ def test_a_signal_handler_may_scan_during_a_scan(isa):
         assert torch.equal(result.scores[:, ::150], wanted.scores) and torch.equal(result.ids[:, ::150], wanted.ids)
         print("done")
         """,
-        URM_CPU_ISA=isa,
+        URM_CPU_ISA=cheap_isa,
         URM_CPU_SCAN="exact",
     )
     assert out == "done\n"
 
 
-@pytest.mark.parametrize("isa", CHEAP_SCORES)
-def test_torch_products_in_between_change_nothing_and_are_not_changed(monkeypatch, isa):
-    if ("cpu", isa) not in available_backends():
-        pytest.skip(f"{isa} cannot run on this machine")
+def test_torch_products_in_between_change_nothing_and_are_not_changed(monkeypatch, cheap_isa):
     items = make_items("iid", 5000, 64, 1)
     queries = make_queries("iid", 3, 8, 64, 1, items)
     left, right = items[:256].bfloat16(), items[256:512].bfloat16().T
     wanted, product = by_reference(queries, items, 50), left @ right
-    monkeypatch.setenv("URM_CPU_ISA", isa)
+    monkeypatch.setenv("URM_CPU_ISA", cheap_isa)
     monkeypatch.setenv("URM_CPU_SCAN", "bounded")
     for _ in range(5):
         assert_same_bits(score_topk(queries, items, 50), wanted)

@@ -25,10 +25,9 @@ static inline float sum_error(int64_t r) {
 }
 
 struct CheapScore {
-  int panel_rows;          // a multiple of 16
-  int query_multiple;      // `dots` writes results for the number of queries rounded up to this
-  int bfloat16_multiple;   // bfloat16 rows whose elements are a multiple of this are staged as they lie; 0: none are
-  int64_t fewest_queries;  // of a group, from which on it beats the exact kernels
+  int panel_rows;         // a multiple of 16
+  int query_multiple;     // `dots` writes results for the number of queries rounded up to this
+  int bfloat16_multiple;  // bfloat16 rows whose elements are a multiple of this are staged as they lie; 0: none are
 
   int64_t (*panel_bytes)(int64_t padded);
   int64_t (*query_bytes)(int64_t count, int64_t padded);

@@ -7,7 +7,6 @@ namespace urm {
 namespace {
 
 constexpr int64_t kSliceQueries = 64;  // their cheap scores of a panel are 16 KiB
-constexpr int64_t kCacheLine = 64;
 constexpr int64_t kFewestRows = 4096;  // smaller tables are scanned exactly: packing queries would cost as much
 
 // Not below the query's length; not finite where the query is not.
@@ -17,9 +16,9 @@ float length_of(const float* query, int64_t padded) {
   return static_cast<float>(std::sqrt(squares) * (1 + 1e-6)) + kLeastLength;
 }
 
-bool wanted(const ScanRequest& request, const CheapScore& cheap, int64_t queries) {
+bool wanted(const ScanRequest& request, int64_t queries) {
   if (request.scan != ScanMode::kAuto) return request.scan == ScanMode::kBounded;
-  return queries >= cheap.fewest_queries && request.items.rows >= kFewestRows;
+  return queries > kDirectQueries && request.items.rows >= kFewestRows;
 }
 
 }  // namespace
@@ -27,7 +26,7 @@ bool wanted(const ScanRequest& request, const CheapScore& cheap, int64_t queries
 GroupBounds make_bounds(const ScanRequest& request, const PackedQueries& packed, int64_t users, int64_t padded) {
   GroupBounds bounds;
   const CheapScore* cheap = request.kernels->cheap;
-  if (!cheap || !packed.total || padded > kWidestCheapRow || !wanted(request, *cheap, packed.total)) return bounds;
+  if (!cheap || !packed.total || padded > kWidestCheapRow || !wanted(request, packed.total)) return bounds;
 
   AlignedVector<float> lengths(packed.total);
   for (int64_t q = 0; q < packed.total; ++q) {

@@ -12,7 +12,11 @@
 
 namespace urm {
 
-// A run of users whose cheap dots with a panel are formed, and used while they are in the first-level cache.
+// Up to so many queries rows are read as they lie; above by transposed panels, or bounded first, since only then
+// staging a row pays.
+constexpr int64_t kDirectQueries = 8;
+
+// A run of users whose cheap scores of a panel are formed, and used while they are in the first-level cache.
 struct Slice {
   int64_t first_user, last_user;
   int64_t first_query, queries;

@@ -1,4 +1,4 @@
-// Which instruction sets this machine can run, and the query packing they share.
+// Which instruction sets this machine can run.
 #include "kernels.h"
 
 #include <cstring>
@@ -77,10 +77,6 @@ const UsableKernels& usable() {
   return kernels;
 }
 
-int group_width(int64_t left) {
-  return left > 2 ? kQueryGroup : static_cast<int>(left);
-}
-
 }  // namespace
 
 const Kernels* const* usable_kernels(int* count) {
@@ -93,21 +89,6 @@ const Kernels* find_kernels(const char* name) {
   for (int i = 0; i < usable().count; ++i)
     if (!std::strcmp(usable().table[i]->name, name)) return usable().table[i];
   return nullptr;
-}
-
-int64_t query_panel_floats(int64_t count, int64_t padded) {
-  return round_up(count, kQueryGroup) * padded;
-}
-
-void pack_query_panel(const float* queries, int64_t count, int64_t padded, float* out) {
-  const int64_t steps = padded / kLanes;
-  for (int64_t first = 0; first < count; first += kQueryGroup) {
-    const int width = group_width(count - first);
-    for (int p = 0; p < kLanes; ++p)
-      for (int64_t t = 0; t < steps; ++t)
-        for (int j = 0; j < width; ++j)
-          *out++ = first + j < count ? queries[(first + j) * padded + t * kLanes + kTreeOrder[p]] : 0.0f;
-  }
 }
 
 }  // namespace urm

@@ -16,10 +16,10 @@ namespace {
 
 #include "vector_avx512.h"
 
-constexpr int kTileRows = 16;   // rows or queries of a tile
-constexpr int kTileWidth = 32;  // elements
-constexpr int kTilePairs = 16;  // pairs of elements, one to a 32-bit lane
-constexpr int kLineBytes = 64;  // of a tile's row, and of the cache
+constexpr int kTileRows = 16;           // rows or queries of a tile
+constexpr int kTileWidth = 32;          // elements
+constexpr int kTilePairs = 16;          // pairs of elements, one to a 32-bit lane
+constexpr int kLineBytes = kCacheLine;  // of a tile's row
 constexpr int kTileBytes = kTileRows * kLineBytes;
 constexpr int kPanelTiles = 4;  // columns of 16 rows in a panel
 constexpr int kPanelRows = kPanelTiles * kTileRows;
@@ -208,7 +208,7 @@ int64_t panel_bytes(int64_t padded) {
 
 }  // namespace
 
-extern const CheapScore kAmxCheapScore = {kPanelRows,   kTileRows, kTileWidth, 9,     panel_bytes, bytes_of,
-                                          pack_queries, stage,     dots,       enter, leave};
+extern const CheapScore kAmxCheapScore = {kPanelRows,   kTileRows, kTileWidth, panel_bytes, bytes_of,
+                                          pack_queries, stage,     dots,       enter,       leave};
 
 }  // namespace urm

@@ -43,7 +43,6 @@ struct KernelsOf {
     zero(out, count * padded, kLanes * padded);
   }
 
-  static constexpr int64_t kCacheLine = 64;
   static constexpr int kIntoSecondLevel = 2;  // keeps no line-fill buffer, so that the arithmetic's own loads go on
 
   // The share of `ahead` that falls to step `step` of `steps`. Always inlined: GCC 12 takes a function that only

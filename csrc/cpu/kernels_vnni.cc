@@ -89,7 +89,7 @@ void stage(const void* rows, DType, int64_t stride_bytes, int64_t padded, int co
            float* scales, float* lengths) {
   constexpr int kAbsoluteMaximum = 0xB;  // of vrangeps, with the sign cleared
   const char* next = ahead.lines ? ahead.address : static_cast<const char*>(rows);
-  const int64_t line = ahead.lines ? 64 : 0;
+  const int64_t line = ahead.lines ? kCacheLine : 0;
   const auto row_at = [=](int i) {
     return reinterpret_cast<const float*>(static_cast<const char*>(rows) + i * stride_bytes);
   };
@@ -173,7 +173,7 @@ int64_t panel_bytes(int64_t padded) {
 
 }  // namespace
 
-extern const CheapScore kVnniCheapScore = {kPanelRows,   kQueries, 0,    9,       panel_bytes, query_bytes,
-                                           pack_queries, stage,    dots, nullptr, nullptr};
+extern const CheapScore kVnniCheapScore = {kPanelRows,   kQueries, 0,    panel_bytes, query_bytes,
+                                           pack_queries, stage,    dots, nullptr,     nullptr};
 
 }  // namespace urm

@@ -14,7 +14,6 @@ namespace {
 
 constexpr int64_t kGroupQueries = 512;           // packed queries of a group stay in the second-level cache
 constexpr int64_t kGroupBufferBytes = 64 << 20;  // running top-k buffers of a group, all threads together
-constexpr int64_t kDirectQueries = 8;            // up to here rows are read as they lie, above by transposed panels
 constexpr int64_t kWorkPerThread = 1 << 22;      // multiply-adds that pay for waking a thread, about 0.2 ms
 constexpr int64_t kChunkRows = 4096;             // rows handed out at a time
 

@@ -28,6 +28,8 @@ static inline const char* row_address(const MatrixView& view, int64_t row) {
 
 enum class Reduce : int { kMax = 0, kSum = 1, kMean = 2, kLogSumExp = 3 };
 
+constexpr int64_t kCacheLine = 64;
+
 // Cache lines that will be needed soon: fetched a few at a time between the arithmetic, so that neither waits.
 struct Ahead {
   const char* address;

@@ -6,7 +6,6 @@ namespace urm {
 namespace {
 
 constexpr int64_t kCachedBytes = 1 << 20;  // a table that stays in the second-level cache gains nothing by prefetching
-constexpr int64_t kCacheLine = 64;
 
 bool is_padded_fp32(const MatrixView& items, int64_t padded) {
   return items.dtype == DType::kFloat32 && items.column_stride == 1 && items.columns == padded;
