@@ -1,4 +1,4 @@
-# make test | demo | bench | lint | format | test-sanitize | gpu-acceptance | clean
+# make test | test-stand-in | demo | bench | lint | format | test-sanitize | gpu-acceptance | clean
 # Every target sets up what it needs: a .venv in the project, everything else through pip by name.
 
 PYTHON ?= python3
@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*/*) CMakeLists.txt pyproject.toml
 
-.PHONY: test demo bench lint format test-sanitize gpu-acceptance clean
+.PHONY: test test-stand-in demo bench lint format test-sanitize gpu-acceptance clean
 .DELETE_ON_ERROR:
 
 $(VENV)/test.stamp: requirements/test.txt
@@ -26,6 +26,10 @@ $(VENV)/build.stamp: $(SOURCES) $(VENV)/test.stamp
 
 test: $(VENV)/build.stamp
 	$(BIN)/python -m pytest python_tests
+
+# On a device that is the CPU under another name: what would mix the CPU's tensors with a GPU's fails here, without a GPU.
+test-stand-in: $(VENV)/build.stamp
+	URM_TEST_DEVICE=stand_in $(BIN)/python -m pytest python_tests
 
 demo: $(VENV)/build.stamp $(VENV)/demo.stamp
 	$(BIN)/python -m urm_kernels.demo --items $(ITEMS)

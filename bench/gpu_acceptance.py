@@ -4,7 +4,8 @@
 
 Needs python3 with torch, pytest and hypothesis. Every step is a process of its own with a time limit, and the JSON is
 written after each, so that a step that fails, hangs or takes the process down costs its own figures only.
-Without a device it says so and exits 0; with one, the exit status is 1 where a test failed or a result was wrong.
+Without a device it says so and exits 0; with one, the exit status is 1 where a test failed or a result was wrong, or
+where torch cannot be asked.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 _ROOT = Path(__file__).resolve().parent.parent
 _RESULTS = _ROOT / "bench" / "results"
 _TAIL = 4000  # characters of a step's output that are kept
+_PRODUCT = 8192  # rows and columns of the products that measure the card
 
 
 class Cell(NamedTuple):
@@ -93,10 +95,9 @@ def step_ceilings() -> dict[str, Any]:
     source = torch.ones(min(1 << 30, free // 16), dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
     out = {"copy_gb_per_s": 2 * source.nbytes / _seconds(torch, lambda: target.copy_(source), 10) / 1e9}
-    size = 8192
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        a = torch.randn(size, size, device="cuda").to(dtype)
-        out[f"{name}_tflop_per_s"] = 2 * size**3 / _seconds(torch, functools.partial(torch.mm, a, a), 5) / 1e12
+        a = torch.randn(_PRODUCT, _PRODUCT, device="cuda").to(dtype)
+        out[f"{name}_tflop_per_s"] = 2 * _PRODUCT**3 / _seconds(torch, functools.partial(torch.mm, a, a), 5) / 1e12
     return {name: round(value, 1) for name, value in out.items()}
 
 
@@ -187,6 +188,10 @@ def _write(report: dict[str, Any]) -> Path:
     return path
 
 
+def _last_line(done: dict[str, Any]) -> str:
+    return (done["output"].strip().splitlines() or ["no output"])[-1]
+
+
 def _table(report: dict[str, Any]) -> list[str]:
     device = report["device"]
     lines = [f"{device['name']} (sm {device['capability']}, {device['memory_gib']} GiB), torch {device['torch']}"]
@@ -201,7 +206,7 @@ def _table(report: dict[str, Any]) -> list[str]:
     for cell, done in zip(CELLS, report.get("latency", []), strict=False):
         start = f"{cell.name:32}{cell.dtype:10}{cell.N:>9}"
         if done["status"] != "ok":
-            lines.append(f"{start}  {done['status']}: {(done['output'].strip().splitlines() or ['no output'])[-1]}")
+            lines.append(f"{start}  {done['status']}: {_last_line(done)}")
             continue
         lines.append(
             f"{start}{done['ms']:>11.3f}{done['torch_fp32_ms']:>12.3f}{done['torch_same_dtype_ms']:>12.3f}"
@@ -230,8 +235,13 @@ def main() -> int:
         return max(5.0, min(most, end - time.monotonic()))
 
     device = _measure("device", left(180), environment)
-    if device["status"] != "ok" or device["name"] is None:
-        print(f"no GPU to accept: {device.get('output', 'torch sees no CUDA device').strip().splitlines()[-1]}")
+    if device["status"] != "ok":
+        present = any(Path("/dev").glob("nvidia[0-9]*"))
+        found = "a GPU is there, but" if present else "no GPU to accept, and"
+        print(f"{found} torch cannot be asked: {_last_line(device)}")
+        return 1 if present else 0
+    if device["name"] is None:
+        print("no GPU to accept: torch sees no CUDA device")
         return 0
     report: dict[str, Any] = {"device": device}
     wanted = arguments.only.split(",")

@@ -7,28 +7,45 @@ import torch
 from hypothesis import settings
 
 from urm_kernels.backends import select
-from urm_kernels.testing import available_backends, devices, forced
+from urm_kernels.testing import available_backends, forced
 
 settings.register_profile("urm", derandomize=True, deadline=None, max_examples=30, database=None)
 settings.load_profile("urm")
 
+DEVICE = os.environ.get("URM_TEST_DEVICE") or "cpu"
+if DEVICE == "stand_in":
+    import stand_in
+
+    _REGISTERED = stand_in.register()
+
+collect_ignore = ["test_device.py"] if DEVICE == "cpu" else []
+
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 CHEAP_SCORES = ("avx512_vnni", "amx")  # the kernels of avx512, with a cheap score to bound by
-# Small tables are scanned exactly unless a bounded scan is forced.
-MACHINES = [("cpu", isa, "exact") for isa in INSTRUCTION_SETS] + [("cpu", isa, "bounded") for isa in CHEAP_SCORES]
-MACHINES += [(name, None, None) for name in select.BACKENDS if name != "cpu"]
+BACKENDS = [name for name in select.BACKENDS if name != "cpu" or DEVICE == "cpu"]
+MACHINES = [(name, None, None) for name in BACKENDS if name != "cpu"]
+if DEVICE == "cpu":
+    # Small tables are scanned exactly unless a bounded scan is forced.
+    MACHINES += [("cpu", isa, "exact") for isa in INSTRUCTION_SETS]
+    MACHINES += [("cpu", isa, "bounded") for isa in CHEAP_SCORES]
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than 5 s; runs with -m slow")
+    config.addinivalue_line("markers", "real_device: asks for what the stand-in device has not")
 
 
 def pytest_collection_modifyitems(config, items):
-    if "slow" in config.option.markexpr:
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    def wanted(item):
+        if item.get_closest_marker("slow") and "slow" not in config.option.markexpr:
+            return False
+        if DEVICE == "stand_in" and item.get_closest_marker("real_device"):
+            return False
+        # What takes no device has nothing new to show on another one.
+        return DEVICE == "cpu" or "device" in item.fixturenames
+
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = [item for item in items if wanted(item)]
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +61,8 @@ def _same_start(monkeypatch):
 
 @pytest.fixture
 def device():
-    return devices()[-1] if os.environ.get("URM_TEST_DEVICE") else torch.device("cpu")
+    """The one that URM_TEST_DEVICE names, else the CPU."""
+    return torch.device(DEVICE)
 
 
 @pytest.fixture(params=MACHINES, ids=lambda machine: "/".join(filter(None, machine)))
@@ -64,7 +82,7 @@ def cheap_isa(request):
     return request.param
 
 
-@pytest.fixture(params=["cpu", "reference"])
+@pytest.fixture(params=BACKENDS)
 def backend(request, device):
     """The backends by name, each with its best instruction set."""
     if request.param not in [name for name, _ in available_backends(device)]:

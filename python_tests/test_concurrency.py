@@ -175,6 +175,8 @@ def test_ctrl_c_ends_a_long_scan_and_the_process_can_call_again(monkeypatch, use
     process = subprocess.Popen(
         [sys.executable, "-c", LONG.format(users=users, count=count)], stdout=subprocess.PIPE, text=True
     )
+    watchdog = threading.Timer(60, process.kill)  # which ends a readline that would wait for ever
+    watchdog.start()
     try:
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.7)
@@ -185,6 +187,7 @@ def test_ctrl_c_ends_a_long_scan_and_the_process_can_call_again(monkeypatch, use
         assert process.stdout.readline() == "[[9, 8]]\n"
         assert process.wait(timeout=20) == 0
     finally:
+        watchdog.cancel()
         process.kill()
         process.stdout.close()
 

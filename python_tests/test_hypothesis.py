@@ -30,13 +30,15 @@ def numbers(draw, shape, special=False):
 
 
 @st.composite
-def laid_out(draw, array, dtype):
+def laid_out(draw, array, dtype, device):
     """The array as a tensor of a drawn layout: steps, order of dimensions, storage offset."""
-    tensor = torch.from_numpy(np.array(array)).to(dtype)
+    tensor = torch.from_numpy(np.array(array)).to(device, dtype)
     order = draw(st.permutations(range(tensor.dim())))
     steps = [draw(st.integers(1, 3)) for _ in order]
     start = [draw(st.integers(0, 2)) for _ in order]
-    big = torch.full([s + n * step for n, step, s in zip(tensor.shape, steps, start, strict=True)], 1, dtype=dtype)
+    big = torch.full(
+        [s + n * step for n, step, s in zip(tensor.shape, steps, start, strict=True)], 1, dtype=dtype, device=device
+    )
     big = big.permute(order).contiguous().permute(np.argsort(order).tolist())
     cut = tuple(slice(s, s + n * step, step) for n, step, s in zip(tensor.shape, steps, start, strict=True))
     view = big[cut]
@@ -104,22 +106,25 @@ def oracle(call):
 
 @QUIET
 @given(data=st.data())
-def test_score_topk_is_sorting_every_score(machine, data):
+def test_score_topk_is_sorting_every_score(machine, device, data):
+    def lay_out(array, dtype):
+        return data.draw(laid_out(array, dtype, device))
+
     call = data.draw(calls())
-    queries = data.draw(laid_out(call["queries"], torch.float32))
-    items = data.draw(laid_out(call["items"], call["dtype"]))
+    queries = lay_out(call["queries"], torch.float32)
+    items = lay_out(call["items"], call["dtype"])
     options = {"reduce": call["reduce"]}
     if "bias" in call:
-        options["bias"] = data.draw(laid_out(call["bias"], data.draw(st.sampled_from([torch.float32, torch.float16]))))
+        options["bias"] = lay_out(call["bias"], data.draw(st.sampled_from([torch.float32, torch.float16])))
     if "query_mask" in call:
-        options["query_mask"] = data.draw(laid_out(call["query_mask"], torch.bool))
+        options["query_mask"] = lay_out(call["query_mask"], torch.bool)
     if "mask" in call and call["bitset"]:
         packed = np.packbits(call["mask"], axis=-1, bitorder="little")
-        options["mask"] = data.draw(laid_out(packed, torch.uint8))
+        options["mask"] = lay_out(packed, torch.uint8)
     elif "mask" in call:
-        options["mask"] = data.draw(laid_out(call["mask"], torch.bool))
+        options["mask"] = lay_out(call["mask"], torch.bool)
     if "exclude" in call:
-        options["exclude"] = call["exclude"]
+        options["exclude"] = call["exclude"].to(device)
     result = score_topk(queries, items, call["k"], **options)
     found = [list(zip(*pair, strict=True)) for pair in zip(result.scores.tolist(), result.ids.tolist(), strict=True)]
     assert found == oracle(call)
@@ -129,15 +134,15 @@ def test_score_topk_is_sorting_every_score(machine, data):
 @QUIET
 @given(data=st.data())
 @pytest.mark.parametrize("reduce", ["max", "sum", "mean", "logsumexp"])
-def test_gradients_are_those_of_the_definition(backend, data, reduce):
+def test_gradients_are_those_of_the_definition(backend, device, data, reduce):
     users, count = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
     rows, r = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 9))
-    queries = data.draw(laid_out(data.draw(numbers((users, count, r))), torch.float32)).requires_grad_()
-    items = data.draw(laid_out(data.draw(numbers((rows, r))), torch.float32)).requires_grad_()
+    queries = data.draw(laid_out(data.draw(numbers((users, count, r))), torch.float32, device)).requires_grad_()
+    items = data.draw(laid_out(data.draw(numbers((rows, r))), torch.float32, device)).requires_grad_()
     result = score_topk(queries, items, rows + 1, reduce=reduce, backend=backend)
     upstream = torch.arange(result.ids.numel()).view(result.ids.shape).float()
-    result.scores.backward(upstream)
-    wide, table = (t.detach().double() for t in (queries, items))
+    result.scores.backward(upstream.to(device))
+    wide, table = (t.detach().cpu().double() for t in (queries, items))
     by_query, by_row = torch.zeros_like(wide), torch.zeros_like(table)
     for user in range(users):
         for place, row in enumerate(result.ids[user, :rows].tolist()):
@@ -152,5 +157,5 @@ def test_gradients_are_those_of_the_definition(backend, data, reduce):
             weight = weight * upstream[user, place].double()
             by_query[user] += weight[:, None] * table[row]
             by_row[row] += weight @ wide[user]
-    assert torch.allclose(queries.grad.double(), by_query, rtol=1e-5, atol=1e-3)
-    assert torch.allclose(items.grad.double(), by_row, rtol=1e-5, atol=1e-3)
+    assert torch.allclose(queries.grad.cpu().double(), by_query, rtol=1e-5, atol=1e-3)
+    assert torch.allclose(items.grad.cpu().double(), by_row, rtol=1e-5, atol=1e-3)

@@ -224,6 +224,7 @@ def test_masks_past_two_to_the_32_bytes(machine, huge_file):
     assert ids_of(score_topk(queries, items, 2, mask=mask)) == [[-1, -1], [32, -1]]
 
 
+@pytest.mark.real_device
 def test_a_table_of_34_million_rows(device):
     # N r > 2^31: any count of elements in 32 bits goes wrong. Rows overlap in a short buffer (addresses far apart are
     # tested above); the last row alone has the sentinel.

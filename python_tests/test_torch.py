@@ -16,6 +16,12 @@ OPTIONS = {
 CHOICES = [(), *[(name,) for name in OPTIONS], tuple(OPTIONS)]
 
 
+@pytest.fixture
+def opcheck():
+    pytest.importorskip("expecttest", reason="torch.testing imports it for opcheck")
+    return torch.library.opcheck
+
+
 def tensors(device, users=2, count=3, rows=20, r=6):
     items = make_items("iid", rows, r, 1)
     return make_queries("iid", users, count, r, 1, items).to(device), items.to(device)
@@ -25,9 +31,10 @@ def chosen(names, device):
     return {name: OPTIONS[name].to(device) for name in names}
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("names", CHOICES, ids="+".join)
 @pytest.mark.parametrize("differentiable", [False, True])
-def test_opcheck_of_the_forward(backend, device, names, differentiable):
+def test_opcheck_of_the_forward(opcheck, backend, device, names, differentiable):
     queries, items = tensors(device)
     given = {name: OPTIONS[name].to(device) if name in names else None for name in OPTIONS}
     if differentiable:
@@ -37,19 +44,18 @@ def test_opcheck_of_the_forward(backend, device, names, differentiable):
             given["bias"] = given["bias"].clone().requires_grad_()
     op = torch.ops.urm_kernels.score_topk if differentiable else torch.ops.urm_kernels.score_topk_no_grad
     filters = (given["mask"], given["exclude"])
-    torch.library.opcheck(
-        op.default, (queries, items, 4, given["query_mask"], "max", given["bias"], *filters, True, False, backend)
-    )
+    opcheck(op.default, (queries, items, 4, given["query_mask"], "max", given["bias"], *filters, True, False, backend))
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_opcheck_of_the_backward(backend, device, reduce, rows, masked):
+def test_opcheck_of_the_backward(opcheck, backend, device, reduce, rows, masked):
     queries, items = tensors(device)
     ids = torch.tensor([[3, 1, -1], [0, 3, 19]], device=device)
     exists = OPTIONS["query_mask"].to(device) if masked else None
-    torch.library.opcheck(
+    opcheck(
         torch.ops.urm_kernels.score_topk_backward.default,
         (torch.ones(2, 3, device=device), ids, queries, items, exists, reduce, rows, backend),
     )
@@ -63,6 +69,7 @@ def differentiated(function, queries, items):
     return result, queries.grad, items.grad
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("names", [(), tuple(OPTIONS)], ids=["plain", "all options"])
 @pytest.mark.parametrize("reduce", ["max", "logsumexp"])
@@ -83,6 +90,7 @@ def test_compile_in_one_graph_equals_eager(backend, device, dynamic, names, redu
         assert_same_bits(compiled(queries, items), function(queries, items))
 
 
+@pytest.mark.real_device
 def test_one_dynamic_graph_serves_other_sizes(device):
     torch._dynamo.reset()
     compiles = []
@@ -101,6 +109,7 @@ def test_one_dynamic_graph_serves_other_sizes(device):
     assert len(compiles) == 1
 
 
+@pytest.mark.real_device
 def test_inductor_keeps_the_bits(device):
     torch._dynamo.reset()
 
@@ -112,6 +121,7 @@ def test_inductor_keeps_the_bits(device):
     assert_same_bits(compiled(queries, items), function(queries, items))
 
 
+@pytest.mark.real_device
 def test_compile_with_a_sparse_gradient(device):
     torch._dynamo.reset()
 
@@ -145,6 +155,7 @@ def test_export_runs_like_the_module():
         assert_same_bits(head(hidden, mask), type(head(hidden, mask))(*program.module()(hidden, mask)))
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_touches_the_projection_and_nothing_else(backend, device, dtype):
     queries, items = tensors(device)
@@ -178,6 +189,7 @@ def test_meta_tensors_give_shapes():
         assert result.ids.dtype == torch.int64 and result.ids.device.type == "meta"
 
 
+@pytest.mark.real_device
 def test_inference_mode(backend, device):
     queries, items = tensors(device)
     plain = score_topk(queries, items, 4, backend=backend)

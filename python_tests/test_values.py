@@ -306,7 +306,7 @@ def test_poisoned_memory_changes_nothing(machine, device, monkeypatch):
         assert_same_bits(score_topk(queries.view(4, 5, 31), items, 600, **{**o, "exclude": exclude[:4]}), wanted)
 
 
-def test_filled_uninitialised_memory_changes_nothing(device):
+def test_filled_uninitialised_memory_changes_nothing():
     # malloc's own perturbation reaches the buffers of the C++ code too.
     code = """
         import torch

@@ -80,7 +80,11 @@ def dense_rows(ids: Tensor, values: Tensor, rows: int) -> Tensor:
         return out
     # Pads carry zero gradients of their own; row 0 takes them so that no size depends on the data.
     pads = (ids < 0).reshape(*ids.shape, *[1] * (values.dim() - 2))
-    return out.index_add(0, ids.clamp(min=0).flatten(), values.masked_fill(pads, 0).flatten(0, 1))
+    at, added = ids.clamp(min=0).flatten(), values.masked_fill(pads, 0).flatten(0, 1)
+    if out.device.type == "cpu":
+        return out.index_add(0, at, added)
+    # A GPU's index_add adds by atomics in whatever order; index_put sorts by row first, so that runs agree.
+    return out.index_put((at,), added, accumulate=True)
 
 
 def sparse_rows(ids: Tensor, values: Tensor, rows: int) -> Tensor:

@@ -95,9 +95,10 @@ def canonical_log_sum_exp(dots: Tensor, exists: Tensor) -> Tensor:
     """log(sum over existing m of exp(dots[:, m])): dots [B, M, n], exists [B, M]."""
     there = exists[..., None]
     largest = dots.masked_fill(~there, -torch.inf).amax(1)
+    terms = canonical_exp(dots - largest[:, None])
     total, excess = torch.zeros_like(largest), torch.zeros_like(largest)  # Kahan's sum
     for m in range(dots.shape[1]):
-        term = canonical_exp(dots[:, m] - largest) - excess
+        term = terms[:, m] - excess
         following = total + term
         excess = torch.where(there[:, m], (following - total) - term, excess)
         total = torch.where(there[:, m], following, total)
