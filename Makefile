@@ -1,5 +1,5 @@
 # make test | test-stand-in | demo | bench | lint | format | test-sanitize | gpu-acceptance | clean
-# Every target sets up what it needs: a .venv in the project, everything else through pip by name.
+# Every target but gpu-acceptance sets up what it needs: a .venv in the project, everything else through pip by name.
 
 PYTHON ?= python3
 ITEMS ?= 1000000
@@ -27,7 +27,7 @@ $(VENV)/build.stamp: $(SOURCES) $(VENV)/test.stamp
 test: $(VENV)/build.stamp
 	$(BIN)/python -m pytest python_tests
 
-# On a device that is the CPU under another name: what would mix the CPU's tensors with a GPU's fails here, without a GPU.
+# On a device that is the CPU under another name: what mixes the CPU's tensors with a GPU's fails without a GPU, too.
 test-stand-in: $(VENV)/build.stamp
 	URM_TEST_DEVICE=stand_in $(BIN)/python -m pytest python_tests
 
@@ -53,6 +53,8 @@ format: $(VENV)/test.stamp
 test-sanitize: $(VENV)/build.stamp
 	for kind in address undefined; do python_tests/sanitize.sh $$kind $(BIN) || exit 1; done
 
+# With the .venv where there is one, else with a python3 that has a CUDA build of torch: which build suits the card is
+# not for a Makefile to choose.
 gpu-acceptance:
 	@if [ -x $(BIN)/python ]; then $(BIN)/python bench/gpu_acceptance.py; else $(PYTHON) bench/gpu_acceptance.py; fi
 

@@ -51,8 +51,8 @@ def run(op, *args, **kwargs):
     _refuse_strangers(op, (args[:1] + args[2:] if op.overloadpacket in INDEXED else args, kwargs))
     with default_float_mode(CPU):  # a GPU does not follow the CPU's flush-to-zero mode
         result = op(*tree_map(_held, args), **tree_map(_held, kwargs))
-    for held in outer.values():
-        assert held.shape == held.held.shape, f"{op} resized its argument, which the stand-in device cannot follow"
+    for x in outer.values():
+        assert x.shape == x.held.shape, f"{op} resized its argument, which the stand-in device cannot follow"
     if not here:
         return result
 

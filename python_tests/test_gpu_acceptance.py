@@ -16,6 +16,10 @@ CARD = {"status": "ok", "seconds": 1.0, "name": "Sham 100", "capability": "9.0",
 FIGURES = {"ms": 2.0, "torch_fp32_ms": 3.0, "torch_same_dtype_ms": 1.0, "gb_per_s": 5.0, "backend": "reference"}
 
 
+def failed(words):
+    return {"status": "failed (1)", "seconds": 0.1, "output": f"Traceback\n{words}\n"}
+
+
 @pytest.fixture
 def acceptance(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("gpu_acceptance", SCRIPT)
@@ -32,10 +36,6 @@ def report(tmp_path):
     return json.loads(path.read_text())
 
 
-def failed(words):
-    return {"status": "failed (1)", "seconds": 0.1, "output": f"Traceback\n{words}\n"}
-
-
 def figures_of(step):
     """What a step would print: the card, or one good figure."""
     name, _, index = step.partition(":")
@@ -50,13 +50,15 @@ def test_without_a_device_it_says_so_and_exits_0():
     assert (done.returncode, done.stdout) == (0, "no GPU to accept: torch sees no CUDA device\n")
 
 
-def test_a_torch_that_cannot_be_asked_is_a_failure_only_beside_a_card(acceptance, monkeypatch, capsys):
-    monkeypatch.setattr(acceptance, "_measure", lambda *arguments: failed("ImportError: no torch"))
-    for nodes, status, words in (([], 0, "no GPU to accept"), (["/dev/nvidia0"], 1, "a GPU is there")):
+@pytest.mark.parametrize(
+    ("probe", "reason"),
+    [(failed("ImportError: no torch"), "ImportError: no torch"), ({**CARD, "name": None}, "torch sees no CUDA device")],
+)
+def test_a_torch_that_sees_no_card_is_a_failure_only_beside_one(acceptance, monkeypatch, capsys, probe, reason):
+    monkeypatch.setattr(acceptance, "_measure", lambda *arguments: probe)
+    for nodes, status, found in (([], 0, "no GPU to accept:"), (["/dev/nvidia0"], 1, "a GPU is there, but")):
         monkeypatch.setattr(Path, "glob", lambda self, pattern, nodes=nodes: iter(nodes))
-        assert acceptance.main() == status
-        out = capsys.readouterr().out
-        assert words in out and "ImportError: no torch" in out
+        assert (acceptance.main(), capsys.readouterr().out) == (status, f"{found} {reason}\n")
 
 
 def test_everything_is_run_written_and_shown(acceptance, monkeypatch, tmp_path, capsys):
@@ -164,7 +166,8 @@ def test_the_steps_measure_what_the_table_shows(acceptance, sham_card, monkeypat
     monkeypatch.setattr(acceptance, "_PRODUCT", 64)
     monkeypatch.setattr(acceptance, "CELLS", [cell._replace(N=2000, B=min(cell.B, 2)) for cell in acceptance.CELLS])
     assert {"name", "capability", "memory_gib", "torch"} <= set(acceptance.step_device())
-    assert all(rate >= 0 for rate in acceptance.step_ceilings().values())
+    ceilings = acceptance.step_ceilings()
+    assert set(ceilings) == {"copy_gb_per_s", "bf16_tflop_per_s", "fp32_tflop_per_s"} and ceilings["copy_gb_per_s"] > 0
     for place in range(10):
         done = acceptance.step_latency(place)
         assert set(FIGURES) <= set(done) and done["ms"] > 0 and done["extra_mib"] == 3.0
