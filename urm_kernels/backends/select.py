@@ -9,12 +9,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, reference, triton
 
 log = logging.getLogger("urm_kernels")
 
 # Preferred first.
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
 
 _said: set[str] = set()
 

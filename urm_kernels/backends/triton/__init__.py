@@ -1,0 +1,99 @@
+"""The Triton backend: CUDA tensors, or CPU tensors where Triton's interpreter is on (TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Collection
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_INTERPRETED_PROCESSORS = 1
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+@functools.cache
+def _unfit(device: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None:
+        return "the kernels' error model is stated for NVIDIA's tensor cores only"
+    if major < 8:
+        return f"compute capability 8.0 is needed, this device has {major}.{minor}"
+    return None
+
+
+def why_not(device: torch.device, dtypes: Collection[torch.dtype]) -> str | None:
+    """None where this backend can run, else the reason."""
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        return f"tensors are on {device}"
+    if torch.float64 in dtypes:
+        return "float64 is computed by the reference backend"
+    return _missing() or (_unfit(device) if device.type == "cuda" else None)
+
+
+def _kernels(name: str) -> ModuleType:
+    """Loaded at the first call: importing urm_kernels touches no Triton."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETED_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Kernels run on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def score_topk(
+    queries: Tensor,
+    items: Tensor,
+    k: int,
+    query_mask: Tensor | None,
+    reduce: str,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    exclude: Tensor | None,
+    sorted: bool,
+) -> tuple[Tensor, Tensor]:
+    """See urm_kernels.score_topk; queries are float32 [B, M, r]."""
+    with _on(items.device):
+        found = _kernels("search").search(
+            queries, items, k, query_mask, reduce, bias, mask, exclude, sorted, _processors(items.device)
+        )
+    return found.scores, found.ids
+
+
+def candidate_dots(queries: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
+    """[B, M, C] canonical dots of every query with the user's candidate rows [B, C]; -1 counts as a zero row."""
+    queries, candidates = queries.contiguous(), candidates.contiguous()
+    users, count, r = queries.shape
+    width = candidates.shape[1]
+    out = queries.new_empty((users, count, width))
+    if out.numel() == 0:
+        return out
+    d = 1 << min(3, (count - 1).bit_length())
+    grid = (-(-width * d // 128), users)
+    with _on(items.device):
+        _kernels("rescore").candidate_dots[grid](
+            out, candidates, width, queries, items, *items.stride(), count, r, C=128 // d, D=d, enable_fp_fusion=False
+        )
+    return out
