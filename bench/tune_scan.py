@@ -31,17 +31,23 @@ CELLS = {"1x1": (1, 1), "1x8": (1, 8), "1x128": (1, 128), "8x16": (8, 16), "64x1
 def tiles(users: int, count: int) -> list[Tile]:
     columns = users * padded(count)
     if columns <= 16:
-        grid = itertools.product((64, 128, 256), (16,), (4, 8), (2, 3, 4), (1, 2, 3, 4), (False,))
+        grid = itertools.product((64, 128), (16,), (4,), (2, 3, 4), (3, 4, 5, 6), (False,))
     elif columns <= 128:
         swaps = (True, False) if count == 1 else (False,)
-        grid = itertools.product((64, 128), (columns,), (4, 8), (2, 3), (1, 2, 3), swaps)
+        grid = itertools.product((64, 128), (columns,), (4, 8), (2, 3, 4), (1, 2, 3, 4, 5), swaps)
     else:
-        grid = itertools.product((64, 128, 256), (64, 128, 256), (4, 8), (2, 3), (1, 2), (True,))
+        grid = itertools.product((64, 128, 256), (64, 128, 256), (4, 8), (2, 3), (1, 2, 3, 4), (True,))
     found = []
     for block_n, block_c, warps, stages, per_sm, swap in grid:
-        registers = block_n * block_c / (32 * warps)
-        shared = block_n * R * 2 * (stages if columns <= 128 else 1) + block_c * R * 2 * (1 if columns <= 128 else stages)
-        if registers <= 128 and shared * per_sm <= 230_000 and not (swap and block_c < 64):
+        accumulators = block_n * block_c / (32 * warps)
+        row_tile, column_tile = block_n * R * 2, block_c * R * 2
+        shared = row_tile * (stages - 1) + column_tile if columns <= 128 else row_tile + column_tile * stages
+        if (
+            accumulators <= 128
+            and shared * per_sm <= 227_000
+            and (accumulators + 40) * 32 * warps * per_sm <= 65536
+            and not (swap and block_n == 64 and warps == 8 and columns <= 64)
+        ):
             found.append(Tile(block_n, block_c, R, warps, stages, per_sm, swap))
     return found
 
@@ -59,12 +65,12 @@ class Bench:
         self.plan = make_plan(users, rows, K)
         self.prepared = search._prepare(self.call, K)
         self.out = torch.empty(users, self.plan.capacity, dtype=torch.int64, device="cuda")
-        self.counts = torch.zeros(users, dtype=torch.int64, device="cuda")
-        self.thresholds = search._guess(self.call, self.prepared, self.plan, self.processors)
+        self.counts = torch.zeros(users, dtype=torch.int32, device="cuda")
+        self.limits = search._guess(self.call, self.prepared, self.plan, self.processors)
 
     def run(self, tile: Tile) -> None:
-        search.launch_scan(self.call, self.prepared, self.thresholds, len(self.items), 1, self.out, self.counts,
-                           self.plan.capacity, False, self.processors, tile)  # fmt: skip
+        search.scan_rows(self.call, self.prepared, self.limits, len(self.items), 1, self.out, self.counts,
+                         self.plan.capacity, self.processors, tile)  # fmt: skip
 
     def survivors(self, tile: Tile) -> torch.Tensor:
         self.counts.zero_()

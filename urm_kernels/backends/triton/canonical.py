@@ -17,6 +17,12 @@ def block_of(index, SIZE: tl.constexpr):
 
 
 @triton.jit
+def unsigned_counts(counts):
+    """int64 of counts kept as 32 bits without a sign: there are fewer rows than that."""
+    return counts.to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
 def canonical_dots(queries, items, stride_n, stride_r, r, user, m, there, rows, live, C: tl.constexpr, D: tl.constexpr):
     """[C, D] dots of rows [C] with the queries m [D] of contiguous fp32 queries; rows not `live` count as zero rows.
 

@@ -44,17 +44,17 @@ class Tile(NamedTuple):
 def make_plan(users: int, rows: int, wanted: int) -> Plan:
     """`wanted` results a user, those that `exclude` may take away counted in.
 
-    The rank is five standard deviations above the k S / N of the best rows that a sample of S holds, plus eight for small
-    counts: one user in millions needs the second way. Room for survivors is twice what that rank lets through.
+    The rank is 4.5 standard deviations above the k S / N of the best rows that a sample of S holds, plus six for small
+    counts: one user in 100,000 needs the second way. Room for survivors is twice what that rank lets through.
     """
     group = min(users, GROUP)
     if rows <= max(DENSE_ROWS, 4 * wanted):
         return Plan(min(group, max(1, (1 << 27) // max(rows, 1))), True, 1, 0, 0, 0, rows)
-    most = min(max(SAMPLE_BYTES // 4 // group, MAX_SAMPLE // 4), MAX_SAMPLE)
+    most = MAX_SAMPLE if group <= 64 else MAX_SAMPLE // 2
     step = max(rows // most, min(64, rows // 2048), 1)
     sample = -(-rows // step)
     share = wanted * sample / rows
-    rank = min(math.ceil(share + 5 * math.sqrt(share) + 8), sample)
+    rank = min(math.ceil(share + 4.5 * math.sqrt(share) + 6), sample)
     capacity = min(rows, 2 * math.ceil(rank * rows / sample) + 4096)
     sample_users = max(1, min(group, SAMPLE_BYTES // 4 // sample))
     return Plan(group, False, step, sample, sample_users, rank, capacity)
@@ -70,11 +70,11 @@ def choose_tile(columns: int, m_pad: int, r_pad: int, itemsize: int) -> Tile:
     stages = 3 if r_pad * itemsize <= 256 else 2
     block_r = min(r_pad, 512 // itemsize)
     if columns <= 32:
-        return Tile(128, padded(columns, 16), block_r, 4, stages, 2)
+        return Tile(64, padded(columns, 16), block_r, 4, stages, 4)
     swap = m_pad == 1
     if columns <= 128:
-        return Tile(128, padded(columns), block_r, 8, stages, 2, swap)
-    return Tile(128, 128, block_r, 8, 2, 2, swap)
+        return Tile(64, padded(columns), block_r, 4, stages, 3, swap)
+    return Tile(128, 64 if swap else 128, block_r, 8, 2, 2, swap)
 
 
 def relative_error(dtype: torch.dtype, r: int) -> float:

@@ -100,7 +100,7 @@ def prepare_queries(
         m = start + tl.arange(0, D)
         there = _existing(exists, user, m, M)
         source = tl.where(there, m, first)
-        kept = (source < M)[:, None] & (at < r)[None, :]
+        kept = (source < M)[:, None] & (at < r)[None, :] & (nan == 0)
         q = tl.load(queries + source[:, None].to(tl.int64) * r + at[None, :], mask=kept, other=0.0) * scale
         if KIND == FLOAT32:
             # tf32 has ten bits of fraction: round to nearest, ties away.
@@ -116,11 +116,37 @@ def prepare_queries(
         lost = tl.maximum(lost, tl.max(_length(q - wide), 0))
         length = tl.maximum(length, tl.max(_length(wide), 0))
     # The factor pays for the roundings of both lengths, of a row's length and of the bound itself.
-    slack = (lost + relative_error * length) * inverse * 1.001 + reduce_relative * length * inverse
+    slack = (lost + relative_error * length) * inverse * 1.003 + reduce_relative * length * inverse
     slack = tl.where(length * inverse < 1.152921504606846976e18, slack, float("inf"))  # 2^60: no overflow is possible
+    served = (first < M) & (nan == 0)
     tl.store(inverse_scale + user, inverse)
-    tl.store(length_slack + user, slack)
+    tl.store(length_slack + user, tl.where(served, slack, 0.0))
     # Underflow: of squares in a row's length (2^-62 sqrt(r)), of flushed products (r 2^-120, scaled), of the dot.
     tiny = slack * 2.168404344971009e-19 * tl.sqrt(r * 1.0) + inverse * r * 7.52316384526264e-37 + r * 1e-42
-    tl.store(fixed_slack + user, tiny + reduce_fixed)
-    tl.store(wanted + user, tl.where((first < M) & (nan == 0), k, 0).to(tl.int64))
+    # Who can get nothing has codes of zero and a bound below every threshold.
+    tl.store(fixed_slack + user, tl.where(served, tiny + reduce_fixed, -3e38))
+    tl.store(wanted + user, tl.where(served, k, 0).to(tl.int64))
+
+
+@triton.jit
+def set_limits(
+    thresholds, stride, inverse_scale, length_slack, fixed_slack, kept, reach, slope, B, SCALED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """What the scan compares with, fp32 [B]: reach = threshold - b and slope = a, times the scale unless SCALED.
+
+    kept: a contiguous copy of the thresholds, which lie `stride` apart.
+    """
+    user = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = user < B
+    threshold = tl.load(thresholds + user.to(tl.int64) * stride, mask=inside, other=0.0)
+    fixed = tl.load(fixed_slack + user, mask=inside, other=0.0)
+    rise = tl.load(length_slack + user, mask=inside, other=0.0) * 1.000001
+    # Rounding here and in the scan's own comparison.
+    most = threshold - fixed - 1e-6 * (tl.abs(threshold) + fixed)
+    if not SCALED:
+        scale = tl.load(inverse_scale + user, mask=inside, other=1.0)
+        most = most / scale
+        rise = rise / scale
+    tl.store(kept + user, threshold, mask=inside)
+    tl.store(reach + user, most, mask=inside)
+    tl.store(slope + user, rise, mask=inside)

@@ -8,7 +8,7 @@ force, and no worse: no order of rows and no tie makes it longer.
 import triton
 import triton.language as tl
 
-from .canonical import NO_KEY, allowed_rows, block_of, canonical_scores, excluded_rows, pack_keys
+from .canonical import NO_KEY, allowed_rows, block_of, canonical_scores, excluded_rows, pack_keys, unsigned_counts
 
 DIGIT = tl.constexpr(11)  # bits; the last digit has the nine that remain
 BINS = tl.constexpr(2048)
@@ -28,7 +28,7 @@ def list_unproven(
     for first in range(0, B, BLOCK):
         user = first + tl.arange(0, BLOCK)
         inside = user < B
-        count = tl.load(counts + user, mask=inside, other=0)
+        count = unsigned_counts(tl.load(counts + user, mask=inside, other=0))
         threshold = tl.load(thresholds + user, mask=inside, other=0.0)
         proof = tl.load(proofs + user, mask=inside, other=0)
         want = tl.load(wanted + user, mask=inside, other=0)
@@ -36,7 +36,7 @@ def list_unproven(
         failed = (inside & (want > 0) & ((count > capacity) | short)).to(tl.int32)
         place = total + tl.cumsum(failed, 0) - failed
         tl.store(listed + place, user.to(tl.int64), mask=failed != 0)
-        tl.store(counts + user, tl.zeros([BLOCK], tl.int64), mask=failed != 0)
+        tl.store(counts + user, tl.zeros([BLOCK], tl.int32), mask=failed != 0)
         total += tl.sum(failed, 0)
     tl.store(unproven, total.to(tl.int64))
     tl.debug_barrier()  # the list is read by other threads than wrote it
@@ -131,7 +131,7 @@ def radix_pass(
             if COLLECT:
                 live = live & (key >= prefix)
                 into = tl.zeros([C], tl.int64) + user
-                slot = tl.atomic_add(counts + into, tl.full([C], 1, tl.int64), mask=live, sem="relaxed")
+                slot = tl.atomic_add(counts + into, tl.full([C], 1, tl.int32), mask=live, sem="relaxed")
                 tl.store(keys + user * capacity + slot, key, mask=live & (slot < capacity))
             else:
                 low = _shift(step)

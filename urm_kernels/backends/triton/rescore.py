@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .canonical import NO_KEY, allowed_rows, block_of, canonical_dots, canonical_scores, excluded_rows, pack_keys
+from .canonical import NO_KEY, allowed_rows, block_of, canonical_dots, canonical_scores, excluded_rows, pack_keys, unsigned_counts
 
 
 @triton.jit(do_not_specialize=["capacity", "E", "M"])
@@ -13,6 +13,7 @@ def rescore(
     capacity,
     thresholds,
     proofs,
+    wanted,
     queries,
     exists,
     items,
@@ -33,14 +34,14 @@ def rescore(
     proofs int64 [B] += survivors whose score reaches the user's threshold. Programs: (blocks of slots, users).
     """
     user = tl.program_id(1).to(tl.int64)
-    count = tl.minimum(tl.load(counts + user), capacity)
+    count = tl.minimum(unsigned_counts(tl.load(counts + user)), capacity)
     slots = block_of(tl.program_id(0), C)
     inside = slots < capacity
     keys += user * capacity
     if tl.program_id(0).to(tl.int64) * C >= count:
         tl.store(keys + slots, tl.full([C], NO_KEY, tl.int64), mask=inside)
     else:
-        live = slots < count
+        live = (slots < count) & (tl.load(wanted + user) > 0)
         rows = tl.load(keys + slots, mask=live, other=0)
         scores = canonical_scores(
             queries, exists, items, stride_n, stride_r, bias, stride_bias, M, r, user, rows, live, C, D, LOG_SUM_EXP

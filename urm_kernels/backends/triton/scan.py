@@ -1,8 +1,9 @@
 """The scan: cheap scores of a whole table on the tensor cores, and what of it can still win.
 
-    bound[b, i] = max_m(rounded[b, m] . items[i]) / scale_b + a_b |items[i]| + b_b + bias[i]
+    max_m(rounded[b, m] . items[i]) / scale_b + bias[i]  >=  reach_b - slope_b |items[i]|
 
-Every row whose bound is not below its user's threshold goes into the user's list of survivors. A list that overflows
+Every row of which this is not false (NaN stays) goes into its user's list of survivors: its certain upper bound reaches
+the user's threshold (queries.py). Without bias both sides are multiplied by the scale. A list that overflows
 keeps counting, so that whoever reads the count knows. With SAMPLE the scores of every `step`-th row are written
 instead, without slack, for the guess of a threshold.
 """
@@ -10,16 +11,27 @@ instead, without slack, for the guess of a threshold.
 import triton
 import triton.language as tl
 
-from .canonical import allowed_rows, block_of
+from .canonical import allowed_rows, block_of, unsigned_counts
 
 _SIZES = ["N", "step", "tiles", "capacity", "B", "r"]
 
 
+_SQUARE = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $1, zero; }")
+
+
 @triton.jit
-def _squares(v):
-    """Squared lengths of the rows of a tile."""
-    wide = v.to(tl.float32)
-    return tl.sum(wide * wide, 1)
+def _squares(v, COMPILED: tl.constexpr):
+    """Squared lengths of the rows of a tile, at most 2^-8 too small.
+
+    Widening and adding bfloat16 squares is as much work as all the rest of a tile with few queries. There they are
+    rounded in pairs, and the tensor core adds them: its sum is the same in every column.
+    """
+    if COMPILED and v.dtype == tl.bfloat16:
+        squares = tl.inline_asm_elementwise(_SQUARE, "=r,r", [v], dtype=tl.bfloat16, is_pure=True, pack=2)
+        return tl.max(tl.dot(squares, tl.full([v.shape[1], 16], 1.0, tl.bfloat16)), 1)
+    else:
+        wide = v.to(tl.float32)
+        return tl.sum(wide * wide, 1)
 
 
 @triton.jit
@@ -45,47 +57,101 @@ def _log_sum_exp(largest, total, dots, scale, absent, BLOCK_N: tl.constexpr, USE
 
 
 @triton.jit
-def _user_terms(users, B, inverse_scale, length_slack, fixed_slack, thresholds, SAMPLE: tl.constexpr):
-    """(1 / scale, a, b, threshold) [USERS]; nothing reaches the threshold of a user who is not there."""
+def _user_terms(users, B, inverse_scale, reach, slope, SAMPLE: tl.constexpr, SCALED: tl.constexpr):
+    """(1 / scale, reach, slope) [USERS] as far as they are used; nothing reaches what a user who is not there wants."""
     exists = users < B
-    scale = tl.load(inverse_scale + users, mask=exists, other=1.0)
-    slack = scale
-    fixed = scale
-    threshold = scale
+    scale = tl.full(users.shape, 1.0, tl.float32)
+    if SCALED:
+        scale = tl.load(inverse_scale + users, mask=exists, other=1.0)
+    most = scale
+    rise = scale
     if not SAMPLE:
-        slack = tl.load(length_slack + users, mask=exists, other=0.0)
-        fixed = tl.load(fixed_slack + users, mask=exists, other=0.0)
-        threshold = tl.load(thresholds + users, mask=exists, other=float("inf"))
-    return scale, slack, fixed, threshold
+        most = tl.load(reach + users, mask=exists, other=3e38)
+        rise = tl.load(slope + users, mask=exists, other=0.0)
+    return scale, most, rise
+
+
+# Four scores at a time: one test of all, and a branch that is rarely taken. Operands, four of each: $0 an output that
+# nobody reads, $4 scores, $8 limits, $12 rows, $16 users, $20 counts, $24 out, $28 capacity.
+_APPEND_ONE = """
+ setp.lt.f32 dead, ${score}, ${limit};
+ setp.lt.or.s64 dead, ${row}, 0, dead;
+ setp.lt.or.s32 dead, ${user}, 0, dead;
+ @dead bra NEXT{n};
+ mad.wide.s32 at, ${user}, 4, ${counts};
+ atom.global.relaxed.gpu.add.u32 slot, [at], 1;
+ cvt.u64.u32 at, slot;
+ setp.ge.u64 dead, at, ${capacity};
+ @dead bra NEXT{n};
+ cvt.s64.s32 first, ${user};
+ mad.lo.s64 at, first, ${capacity}, at;
+ shl.b64 at, at, 3;
+ add.s64 at, at, ${out};
+ st.global.b64 [at], ${row};
+NEXT{n}:"""
+_PACK = tl.constexpr(4)
+_APPEND = tl.constexpr(
+    """{
+ .reg .pred some, dead;
+ .reg .b32 slot;
+ .reg .b64 at, first;
+ mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
+ setp.geu.f32 some, $4, $8;
+ setp.geu.or.f32 some, $5, $9, some;
+ setp.geu.or.f32 some, $6, $10, some;
+ setp.geu.or.f32 some, $7, $11, some;
+ @!some bra DONE;"""
+    + "".join(
+        _APPEND_ONE.format(
+            n=n, score=4 + n, limit=8 + n, row=12 + n, user=16 + n, counts=20 + n, out=24 + n, capacity=28 + n
+        )
+        for n in range(4)
+    )
+    + """
+DONE:
+}"""
+)
+_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 4 + ["f"] * 8 + ["l"] * 4 + ["r"] * 4 + ["l"] * 12))
 
 
 @triton.jit
-def _may_hold_survivors(best, scale, slack, fixed, threshold, longest, top_bias, kept, exists, MASKED: tl.constexpr):
-    """Whether any bound of the tile may reach its threshold: one test for all rows, as long as the longest of them."""
-    most = longest * slack + fixed
-    reach = threshold - most - top_bias
-    # Rounding of this test against that of the bound itself.
-    reach -= 1e-6 * (tl.abs(threshold) + most + tl.abs(top_bias))
-    reach = tl.where(exists, tl.where(reach == reach, reach, float("-inf")), float("inf"))
-    excess = best * scale[None, :] - reach[None, :]
-    if MASKED:
-        excess = tl.where(kept[:, None], excess, float("-inf"))
-    return (tl.max(tl.max(excess, 1), 0) >= 0) | (tl.min(reach, 0) == float("-inf"))
+def _append_sparse(scores, limits, rows, users, out, counts, capacity, BLOCK_N: tl.constexpr, USERS: tl.constexpr):
+    """Appends every row whose score is not below the limit to its user's list; two instructions for a score that is.
+
+    scores [BLOCK_N, USERS]; limits [USERS]; rows int64 [BLOCK_N] and users int32 [USERS], negative for what must not be
+    appended. Every score has to be one thread's alone, as a tensor core's result is (python_tests/test_compiled.py).
+    """
+    tl.inline_asm_elementwise(
+        _APPEND,
+        _CONSTRAINTS,
+        [
+            scores,
+            tl.broadcast_to(limits[None, :], [BLOCK_N, USERS]),
+            tl.broadcast_to(rows[:, None], [BLOCK_N, USERS]),
+            tl.broadcast_to(users[None, :], [BLOCK_N, USERS]),
+            counts.to(tl.int64),
+            out.to(tl.int64),
+            tl.full([], 0, tl.int64) + capacity,
+        ],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=_PACK,
+    )
 
 
 @triton.jit
 def _append(alive, rows, users, out, counts, capacity):
-    """Rows of the tile that are alive (1 or 0) go to the end of their users' lists, a user at a time.
+    """The same for what is alive (1 or 0) [BLOCK_N, USERS], a user at a time: for few users, or any layout.
 
-    One atomic a user and tile, however many rows. Users with survivors in one tile are few, and a loop over them needs
-    one column's registers where slots for all pairs at once would need the whole tile's.
+    One atomic a user and tile, however many rows. Atomics for all pairs at once were slower: their results, which nearly
+    nobody needs, are shared among the threads that hold copies.
     """
     NOBODY: tl.constexpr = 2**31 - 1
     some = tl.max(alive, 0) > 0
     user = tl.min(tl.where(some, users, NOBODY), 0)
     while user < NOBODY:
         own = tl.sum(tl.where(users[None, :] == user, alive, 0), 1)
-        first = tl.atomic_add(counts + user, tl.sum(own, 0).to(tl.int64), sem="relaxed")
+        first = unsigned_counts(tl.atomic_add(counts + user, tl.sum(own, 0), sem="relaxed"))
         slot = first + tl.cumsum(own, 0) - own
         into = out + (user + tl.zeros([1], tl.int64)) * capacity
         tl.store(into + slot, rows, mask=(own > 0) & (slot < capacity))
@@ -103,9 +169,8 @@ def scan(
     rounded,
     absent,
     inverse_scale,
-    length_slack,
-    fixed_slack,
-    thresholds,
+    reach,
+    slope,
     bias,
     stride_bias,
     mask,
@@ -128,6 +193,7 @@ def scan(
     MASK_BITS: tl.constexpr,
     MASK_PER_USER: tl.constexpr,
     SAMPLE: tl.constexpr,
+    COMPILED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Persistent: programs take tiles of BLOCK_N rows in turns. N counts the sampled rows where only those are read.
@@ -136,24 +202,23 @@ def scan(
     parts of one user where M_PAD > BLOCK_C. ONE_BLOCK: one block holds every user, and is loaded once. Rows wider than
     BLOCK_R are read in parts, for every block of columns again.
 
-    out: int64 [B, capacity] survivors' rows, counts int64 [B]; with SAMPLE fp32 [B, N] scores, -inf for what may not
-    be returned.
+    out: int64 [B, capacity] survivors' rows, counts int32 [B] (unsigned); with SAMPLE fp32 [B, N] scores, -inf for what may not
+    be returned. COMPILED allows pieces of PTX, which the interpreter cannot run.
     """
     USERS: tl.constexpr = BLOCK_C // M_PAD if M_PAD <= BLOCK_C else 1
     PARTS: tl.constexpr = M_PAD // BLOCK_C if M_PAD > BLOCK_C else 1
     WHOLE: tl.constexpr = R == BLOCK_R
-    MASKED: tl.constexpr = mask is not None and not MASK_PER_USER
+    SCALED: tl.constexpr = SAMPLE or LOG_SUM_EXP or bias is not None
+    SPARSE_APPEND: tl.constexpr = COMPILED and USERS == BLOCK_C and USERS > 16 and not MASK_PER_USER
     blocks = 1 if ONE_BLOCK else tl.cdiv(B, USERS)
     at = tl.arange(0, BLOCK_R)
     if ONE_BLOCK:
         users = tl.arange(0, USERS)
-        scale, slack, fixed, threshold = _user_terms(
-            users, B, inverse_scale, length_slack, fixed_slack, thresholds, SAMPLE
-        )
+        scale, most, rise = _user_terms(users, B, inverse_scale, reach, slope, SAMPLE, SCALED)
         if WHOLE:
             every = tl.arange(0, BLOCK_C)
             q = tl.load(rounded + every[None, :] * R + at[:, None], mask=every[None, :] < B * M_PAD, other=0.0)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES if ONE_BLOCK else 1):
         index = block_of(tile, BLOCK_N)
         live = index < N
         rows = index * step
@@ -163,22 +228,20 @@ def scan(
             inside = live[:, None] if EVEN_R else live[:, None] & (at < r)[None, :]
             v = tl.load(start + at[None, :].to(tl.int64) * stride_r, mask=inside, other=0.0)
             if not SAMPLE:
-                squares = _squares(v)
+                squares = _squares(v, COMPILED)
         elif not SAMPLE:
             for first in range(0, R, BLOCK_R):
                 inside = live[:, None] & (first + at < r)[None, :]
-                squares += _squares(tl.load(start + (first + at)[None, :].to(tl.int64) * stride_r, mask=inside, other=0.0))
+                squares += _squares(tl.load(start + (first + at)[None, :].to(tl.int64) * stride_r, mask=inside, other=0.0), COMPILED)
         length = tl.sqrt(squares)
         row_bias = tl.zeros([BLOCK_N], tl.float32)
         if bias is not None:
             row_bias = tl.load(bias + rows * stride_bias, mask=live, other=float("-inf")).to(tl.float32)
         kept = live if MASK_PER_USER else allowed_rows(mask, 0, mask_stride_row, 0, rows, live, MASK_BITS)
-        for block in range(0, blocks):
+        for block in tl.range(0, blocks, num_stages=STAGES):
             if not ONE_BLOCK:
                 users = block * USERS + tl.arange(0, USERS)
-                scale, slack, fixed, threshold = _user_terms(
-                    users, B, inverse_scale, length_slack, fixed_slack, thresholds, SAMPLE
-                )
+                scale, most, rise = _user_terms(users, B, inverse_scale, reach, slope, SAMPLE, SCALED)
             best = tl.full([BLOCK_N, USERS], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_N, USERS], tl.float32)
             for part in tl.static_range(PARTS):
@@ -203,10 +266,10 @@ def scan(
                 else:
                     best = tl.maximum(best, tl.max(tl.reshape(dots, [BLOCK_N, USERS, BLOCK_C // USERS]), 2))
             if LOG_SUM_EXP:
-                best = (best + tl.log(total)) / scale[None, :]
+                best = best + tl.log(total)
             exists = users < B
             if SAMPLE:
-                score = best * scale[None, :] + row_bias[:, None]
+                score = (best if LOG_SUM_EXP else best * scale[None, :]) + row_bias[:, None]
                 alive = kept[:, None] & exists[None, :]
                 if MASK_PER_USER:
                     alive = allowed_rows(mask, mask_stride_user, mask_stride_row, users[None, :].to(tl.int64),
@@ -214,13 +277,21 @@ def scan(
                 score = tl.where(alive & (score == score), score, float("-inf"))
                 into = out + users[None, :].to(tl.int64) * N + index[:, None]
                 tl.store(into, score, mask=live[:, None] & exists[None, :])
-            elif _may_hold_survivors(best, scale, slack, fixed, threshold, tl.max(length, 0), tl.max(row_bias, 0), kept,
-                                     exists, MASKED):  # fmt: skip
-                bound = best * scale[None, :] + (length[:, None] * slack[None, :] + fixed[None, :])
-                if bias is not None:
-                    bound += row_bias[:, None]
-                alive = kept[:, None] & exists[None, :] & ((bound < threshold[None, :]) == 0)  # NaN stays
-                if MASK_PER_USER:
-                    alive = allowed_rows(mask, mask_stride_user, mask_stride_row, users[None, :].to(tl.int64),
-                                         rows[:, None], alive, MASK_BITS)  # fmt: skip
-                _append(alive.to(tl.int32), rows, users, out, counts, capacity)
+            else:
+                # One limit a user and row where users are few; else one a user, as if all rows had the longest's length.
+                extent = length[:, None] if USERS <= 16 else tl.max(length, 0)
+                limit = most[None, :] - extent * rise[None, :]
+                score = best
+                if SCALED:
+                    score = (best if LOG_SUM_EXP else best * scale[None, :]) + row_bias[:, None]
+                if SPARSE_APPEND:
+                    _append_sparse(score, tl.reshape(limit, [USERS]), tl.where(kept, rows, -1),
+                                   tl.where(exists, users, -1), out, counts, capacity, BLOCK_N, USERS)  # fmt: skip
+                else:
+                    alive = kept[:, None] & exists[None, :] & ((score < limit) == 0)  # NaN stays
+                    if MASK_PER_USER:
+                        alive = allowed_rows(mask, mask_stride_user, mask_stride_row, users[None, :].to(tl.int64),
+                                             rows[:, None], alive, MASK_BITS)  # fmt: skip
+                    alive = alive.to(tl.int32)
+                    if tl.max(tl.max(alive, 1), 0) != 0:
+                        _append(alive, rows, users, out, counts, capacity)

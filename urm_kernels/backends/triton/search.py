@@ -181,13 +181,15 @@ def _surviving_keys(call: Call, k: int, plan: Plan, processors: int) -> tuple[Te
     users, count, r = call.queries.shape
     rows, device = call.items.shape[0], call.queries.device
     prepared = _prepare(call, k)
-    thresholds = _guess(call, prepared, plan, processors)
+    limits = _guess(call, prepared, plan, processors)
+    thresholds = limits.thresholds
     keys = torch.empty((users, plan.capacity), dtype=torch.int64, device=device)
-    counts, proofs, listed = torch.zeros((3, users), dtype=torch.int64, device=device)
-    _scan(call, prepared, thresholds, rows, 1, keys, counts, plan.capacity, False, processors)
+    counts = torch.zeros(users, dtype=torch.int32, device=device)
+    proofs, listed = torch.zeros((2, users), dtype=torch.int64, device=device)
+    scan_rows(call, prepared, limits, rows, 1, keys, counts, plan.capacity, processors)
     tile = _canonical_tile(call)
     rescore.rescore[(-(-plan.capacity // tile["C"]), users)](
-        keys, counts, plan.capacity, thresholds, proofs, *call.scored, *call.excluded, count, r, **tile
+        keys, counts, plan.capacity, thresholds, proofs, prepared.wanted, *call.scored, *call.excluded, count, r, **tile
     )
     unproven = torch.empty(1, dtype=torch.int64, device=device)
     passes = radix.PASSES.value
@@ -205,55 +207,51 @@ def _surviving_keys(call: Call, k: int, plan: Plan, processors: int) -> tuple[Te
     return keys, unproven
 
 
-def _guess(call: Call, prepared: _Prepared, plan: Plan, processors: int) -> Tensor:
-    """The rank-th best score of the sample, fp32 [B]."""
+class _Limits(NamedTuple):
+    """Of every user, fp32 [B]: the threshold, and what the scan compares with."""
+
+    thresholds: Tensor
+    reach: Tensor
+    slope: Tensor
+
+
+def _guess(call: Call, prepared: _Prepared, plan: Plan, processors: int) -> _Limits:
+    """The threshold is the rank-th best score of the sample."""
     users = call.queries.shape[0]
-    thresholds = []
+    limits = _Limits(*call.queries.new_empty((3, users)))
     for first in range(0, users, plan.sample_users):
         part = slice(first, first + plan.sample_users)
         some = call._replace(
             queries=call.queries[part], mask=call.mask if call.mask is None or call.mask.dim() == 1 else call.mask[part]
         )
-        scores = torch.empty((some.queries.shape[0], plan.sample_rows), device=call.queries.device)
+        count = some.queries.shape[0]
+        scores = call.queries.new_empty((count, plan.sample_rows))
         own = _Prepared(*(t[part] for t in prepared))
-        _scan(some, own, None, plan.sample_rows, plan.sample_step, scores, None, 0, True, processors)
-        thresholds.append(torch.topk(scores, plan.rank, dim=1, sorted=True).values[:, -1])
-    return torch.cat(thresholds)
+        scan_rows(some, own, None, plan.sample_rows, plan.sample_step, scores, None, 0, processors)
+        best = torch.topk(scores, plan.rank, dim=1, sorted=True).values[:, -1]
+        query_kernels.set_limits[(-(-count // 128),)](
+            best, best.stride(0), own.inverse_scale, own.length_slack, own.fixed_slack, *(t[part] for t in limits),
+            count, SCALED=call.log_sum_exp or call.bias is not None, BLOCK=128,
+        )  # fmt: skip
+    return limits
 
 
-def _scan(
+def scan_rows(
     call: Call,
     prepared: _Prepared,
-    thresholds: Tensor | None,
+    limits: _Limits | None,
     rows: int,
     step: int,
     out: Tensor,
     counts: Tensor | None,
     capacity: int,
-    sample: bool,
     processors: int,
+    tile: Tile | None = None,
 ) -> None:
+    """Launches the scan: of every row, or without limits of a sample, whose scores are written."""
     users, _, r = call.queries.shape
     _, m_pad, r_pad = prepared.rounded.shape
-    tile = choose_tile(users * m_pad, m_pad, r_pad, call.items.element_size())
-    launch_scan(call, prepared, thresholds, rows, step, out, counts, capacity, sample, processors, tile)
-
-
-def launch_scan(
-    call: Call,
-    prepared: _Prepared,
-    thresholds: Tensor | None,
-    rows: int,
-    step: int,
-    out: Tensor,
-    counts: Tensor | None,
-    capacity: int,
-    sample: bool,
-    processors: int,
-    tile: Tile,
-) -> None:
-    users, _, r = call.queries.shape
-    _, m_pad, r_pad = prepared.rounded.shape
+    tile = tile or choose_tile(users * m_pad, m_pad, r_pad, call.items.element_size())
     tiles = -(-rows // tile.block_n)
     bias_stride = 0 if call.bias is None else call.bias.stride(0)
     scan_kernel[(min(tiles, processors * tile.per_sm),)](
@@ -262,8 +260,11 @@ def launch_scan(
         rows,
         step,
         tiles,
-        *prepared[:5],
-        thresholds,
+        prepared.rounded,
+        prepared.absent,
+        prepared.inverse_scale,
+        None if limits is None else limits.reach,
+        None if limits is None else limits.slope,
         call.bias,
         bias_stride,
         *call.masked,
@@ -283,7 +284,8 @@ def launch_scan(
         LOG_SUM_EXP=call.log_sum_exp,
         MASK_BITS=call.bits,
         MASK_PER_USER=call.mask is not None and call.mask.dim() == 2,
-        SAMPLE=sample,
+        SAMPLE=limits is None,
+        COMPILED=not call.items.is_cpu,
         STAGES=tile.stages,
         num_warps=tile.warps,
     )
