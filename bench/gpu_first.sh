@@ -1,5 +1,5 @@
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
-timeout 150 python3 bench/tune_scan.py --seconds 130 2>&1 | grep -v "out of resource" | tee $OUT/tune.log
+timeout 75 python3 bench/tune_scan.py --seconds 65 2>&1 | grep -v "out of resource" | tee $OUT/tune.log
 cp bench/results/tune_scan_*.json $OUT/
-URM_TEST_DEVICE=cuda timeout 80 python3 -m pytest python_tests -q -n 14 --maxfail=80 -p no:cacheprovider -k "triton" > $OUT/tests.log 2>&1
-tail -12 $OUT/tests.log | cut -c1-200
+timeout 140 python3 bench/gpu_acceptance.py --only latency --minutes 2
+cp bench/results/gpu_acceptance*.json $OUT/

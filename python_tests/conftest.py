@@ -17,12 +17,17 @@ if DEVICE == "stand_in":
     import stand_in
 
     _REGISTERED = stand_in.register()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    import triton_interpreter  # noqa: F401
 
 collect_ignore = ["test_device.py"] if DEVICE == "cpu" else []
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 CHEAP_SCORES = ("avx512_vnni", "amx")  # the kernels of avx512, with a cheap score to bound by
 BACKENDS = [name for name in select.BACKENDS if name != "cpu" or DEVICE == "cpu"]
+if DEVICE != "cuda" and not INTERPRETED:
+    BACKENDS.remove("triton")
 MACHINES = [(name, None, None) for name in BACKENDS if name != "cpu"]
 if DEVICE == "cpu":
     # Small tables are scanned exactly unless a bounded scan is forced.

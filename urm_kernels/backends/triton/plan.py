@@ -74,7 +74,7 @@ def choose_tile(columns: int, m_pad: int, r_pad: int, itemsize: int) -> Tile:
     swap = m_pad == 1
     if columns <= 128:
         return Tile(64, padded(columns), block_r, 4, stages, 3, swap)
-    return Tile(128, 64 if swap else 128, block_r, 8, 2, 2, swap)
+    return Tile(128, 64 if swap else 128, block_r, 8, 3, 2, swap)
 
 
 def relative_error(dtype: torch.dtype, r: int) -> float:

@@ -1,0 +1,245 @@
+"""Latency cells of the GPU acceptance run: which there are, how one is checked, timed and compared.
+
+Every figure is a median over CUDA events around one call, host and launches included, on tables larger than the card's
+cache. A result is checked against float64 before it is timed; ceilings are measured in the same process.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SHAPES = ((1, 1), (1, 8), (1, 128), (8, 16), (64, 1), (1024, 1))
+ALL_ROWS, ALL_R, ALL_K = (1_000_000, 10_000_000, 50_000_000), (64, 128), (10, 1000, 4096)
+_CACHE = 1 << 29  # bytes of tables that calls take in turns: several times a card's second-level cache
+_HELD = 1 << 31  # bytes of scores a peer holds at a time
+_PRODUCT = 8192  # rows and columns of the products that measure the card
+
+
+class Cell(NamedTuple):
+    """bfloat16 items of kind decay, reduce max. compiled: torch.compile of the torch line is a peer, too."""
+
+    N: int
+    r: int
+    B: int
+    M: int
+    k: int
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"N={self.N:.0e} r={self.r} B={self.B} M={self.M} k={self.k}".replace("e+0", "e")
+
+
+def named_cells() -> list[Cell]:
+    """The forty-odd cells of a plain run."""
+    big, middle, small = ALL_ROWS[2], ALL_ROWS[1], ALL_ROWS[0]
+    cells = [Cell(big, 128, *shape, k) for shape in SHAPES for k in ALL_K]
+    cells += [Cell(big, 64, *shape, 1000) for shape in SHAPES]
+    cells += [Cell(middle, 128, *shape, 1000, shape in ((1, 8), (64, 1))) for shape in SHAPES]
+    cells += [Cell(small, 128, *shape, k) for shape in SHAPES for k in (10, 1000)]
+    return cells
+
+
+def all_cells() -> list[Cell]:
+    """The full product, N outermost so that a table serves all of its cells."""
+    return [
+        Cell(N, r, *shape, k) for N, r, shape, k in itertools.product(ALL_ROWS, ALL_R, SHAPES, ALL_K)
+    ]
+
+
+def tables(cells: list[Cell]) -> list[tuple[int, int]]:
+    """(N, r) in the order of the cells, each once."""
+    return list(dict.fromkeys((cell.N, cell.r) for cell in cells))
+
+
+def decay(rows: int, r: int, seed: int, spread: float, dtype: torch.dtype, device: str) -> Tensor:
+    """testing.make_items' kind decay (spread 0.4) or its queries (0), drawn on the device, a part at a time."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = torch.arange(1, r + 1, device=device) ** -0.5
+    out = torch.empty(rows, r, dtype=dtype, device=device)
+    for part in out.split(1 << 21):
+        drawn = torch.randn(part.shape, device=device, generator=generator) * shape
+        part.copy_(drawn * torch.exp(spread * torch.randn(len(part), 1, device=device, generator=generator)))
+    return out
+
+
+def check(queries: Tensor, items: Tensor, k: int, scores: Tensor, ids: Tensor) -> None:
+    """Raises AssertionError unless ids are the k best rows by float64, up to rounding, best first, each once.
+
+    Rows are scored in parts; a user's result is right when it holds every row that is better than its last score by
+    more than rounding, and its scores are the rows' own.
+    """
+    users, count, r = queries.shape
+    wide = queries.double()
+    lengths = wide.norm(dim=2).amax(1)
+    longest = max(float(part.double().norm(dim=1).amax()) for part in items.split(1 << 20))
+    tolerance = (lengths * longest * (r / 16 + 4) * 2**-24)[:, None]
+    assert scores.shape == ids.shape == (users, k)
+    assert (ids >= 0).all() and (ids < len(items)).all(), "rows that do not exist"
+    assert (ids.sort(1).values.diff(dim=1) != 0).all(), "a row returned twice"
+    assert (scores.diff(dim=1) <= 0).all(), "scores do not descend"
+    last = scores[:, -1:].double()
+    better = torch.zeros(users, dtype=torch.int64, device=items.device)
+    step = max(1, (1 << 26) // max(users * count, r))
+    for part in items.split(step):
+        exact = (wide.view(-1, r) @ part.double().T).view(users, count, -1).amax(1)
+        better += (exact > last + 2 * tolerance).sum(1)
+    own = torch.cat([(wide[b] @ items[ids[b]].double().T).amax(0)[None] for b in range(users)])
+    wrong = (own - scores).abs() > tolerance
+    assert not wrong.any(), f"{int(wrong.sum())} scores are not their rows'"
+    missing = better - (own > last + 2 * tolerance).sum(1)
+    assert (missing == 0).all(), f"better rows are missing: {missing.tolist()[:8]}"
+
+
+def milliseconds(call: Callable[[int], Any], most: float = 400.0) -> float:
+    """Median time of call(0), call(1), ...: at least three, at most twenty calls or `most` milliseconds."""
+    call(0)
+    taken: list[float] = []
+    while len(taken) < 3 or (len(taken) < 20 and sum(taken) < most):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        call(len(taken))
+        stop.record()
+        stop.synchronize()
+        taken.append(start.elapsed_time(stop))
+    return statistics.median(taken)
+
+
+def ceilings() -> dict[str, float]:
+    """GB/s of a copy, read and written; TFLOP/s (TOP/s) of torch's bfloat16 and int8 products."""
+    source = torch.randint(1 << 30, (1 << 28,), dtype=torch.int32, device="cuda")
+    target = torch.empty_like(source)
+    out = {"copy_gb_per_s": 2 * source.nbytes / milliseconds(lambda _: target.copy_(source)) / 1e6}
+    a = torch.randn(_PRODUCT, _PRODUCT, device="cuda")
+    for name, operand, product in (
+        ("bf16_tflop_per_s", a.bfloat16(), torch.mm),
+        ("int8_top_per_s", (a * 40).clamp(-127, 127).to(torch.int8), torch._int_mm),
+    ):
+        out[name] = 2 * _PRODUCT**3 / milliseconds(lambda _, p=product, x=operand: p(x, x)) / 1e9
+    return {name: round(value, 1) for name, value in out.items()}
+
+
+def _merged(parts: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    if len(parts) == 1:
+        return parts[0]
+    scores, ids = (torch.cat(column, 1) for column in zip(*parts, strict=True))
+    best = scores.topk(k, dim=1)
+    return best.values, ids.gather(1, best.indices)
+
+
+def by_torch(queries: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The torch line in bfloat16, in parts of rows that fit: not exact, and what people write."""
+    users, count, r = queries.shape
+    flat = queries.view(-1, r).to(items.dtype)
+    step = max(k, min(len(items), _HELD // (2 * len(flat))))
+    parts, first = [], 0
+    for rows in items.split(step):
+        best = (flat @ rows.T).view(users, count, -1).amax(1).topk(min(k, len(rows)), dim=1)
+        parts.append((best.values, best.indices + first))
+        first += len(rows)
+    return _merged(parts, k)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    def line(flat: Tensor, items: Tensor, users: int, count: int, k: int) -> tuple[Tensor, Tensor]:
+        return (flat @ items.T).view(users, count, -1).amax(1).topk(k, dim=1)
+
+    return torch.compile(line, dynamic=False)
+
+
+def by_compiled_torch(queries: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    users, count, r = queries.shape
+    return _compiled()(queries.view(-1, r).to(items.dtype), items, users, count, k)
+
+
+def half_fused(queries: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Maximum over a user's queries in the product's epilogue, scores written, then topk: our scan kernel without its
+    threshold, so that the difference is what thresholds are worth."""
+    from urm_kernels.backends.triton import search
+
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    users = len(queries)
+    call = search.Call(queries, None, items, None, None, None, False)
+    prepared = search._prepare(call, k)
+    parts, first = [], 0
+    for rows in items.split(max(k, min(len(items), _HELD // (4 * users)))):
+        scores = torch.empty(users, len(rows), device=queries.device)
+        search.scan_rows(call._replace(items=rows), prepared, None, len(rows), 1, scores, None, 0, processors)
+        best = scores.topk(min(k, len(rows)), dim=1)
+        parts.append((best.values, best.indices + first))
+        first += len(rows)
+    return _merged(parts, k)
+
+
+def measure(cell: Cell, copies: list[Tensor], limits: dict[str, float]) -> dict[str, Any]:
+    """One cell. copies: the table, as many times as it takes to be larger than the cache."""
+    import urm_kernels
+    from urm_kernels.backends.triton import search
+
+    items = copies[0]
+    queries = decay(cell.B * cell.M, cell.r, 1, 0.0, torch.float32, "cuda").view(cell.B, cell.M, cell.r)
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+
+    def ours(turn: int) -> Any:
+        return urm_kernels.score_topk(queries, copies[turn % len(copies)], cell.k, backend="triton")
+
+    ours(0)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = ours(0)
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - before
+    check(queries, items, cell.k, *result)
+    found = search.search(queries, items, cell.k, None, "max", None, None, None, True, processors)
+    ms = milliseconds(ours)
+    graphs = []
+    for table in copies:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            urm_kernels.score_topk(queries, table, cell.k, backend="triton")
+        graphs.append(graph)
+    replay = milliseconds(lambda turn: graphs[turn % len(graphs)].replay())
+    read = 1e3 * items.nbytes / limits["copy_gb_per_s"] / 1e9
+    product = 1e3 * 2 * cell.B * cell.M * items.numel() / limits["bf16_tflop_per_s"] / 1e12
+    peers = {"torch": by_torch, "half_fused": half_fused}
+    if cell.compiled:
+        peers["torch_compiled"] = by_compiled_torch
+    figures = {
+        name: round(milliseconds(lambda turn, p=peer: p(queries, copies[turn % len(copies)], cell.k)), 4)
+        for name, peer in peers.items()
+    }
+    return {
+        "ms": round(ms, 4),
+        "graph_ms": round(replay, 4),
+        "floor_ms": round(max(read, product), 4),
+        "of_floor": round(max(read, product) / replay, 3),
+        "gb_per_s": round(items.nbytes / replay / 1e6, 1),
+        "tflop_per_s": round(2 * cell.B * cell.M * items.numel() / replay / 1e9, 1),
+        "extra_mib": round(extra / 2**20, 2),
+        "extra_share": round(extra / items.nbytes, 5),
+        "unproven_users": int(found.unproven.sum()),
+        "peers_ms": figures,
+    }
+
+
+def run_table(N: int, r: int, cells: list[Cell]) -> Any:
+    """Measures the cells of one table, one after the other; yields (cell, figures or the error in words)."""
+    limits = ceilings()
+    items = decay(N, r, 0, 0.4, torch.bfloat16, "cuda")
+    copies = [items] + [items.clone() for _ in range(_CACHE // items.nbytes)]
+    for cell in cells:
+        try:
+            figures = {"status": "ok", **measure(cell, copies, limits)}
+        except (AssertionError, RuntimeError, ValueError) as error:
+            figures = {"status": f"failed: {type(error).__name__}: {str(error)[:300]}"}
+        yield cell, {**figures, "ceilings": limits}

@@ -1,0 +1,43 @@
+"""Triton's interpreter, mended where version 3.6 computes something else than the compiler.
+
+Importing this module, before any kernel, turns the interpreter on for the whole process.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _convert_float
+
+from urm_kernels.backends.reference import fma32
+
+unmended = {name: getattr(InterpreterBuilder, name) for name in ("create_fma", "create_dot")}
+
+
+def _create_fma(self, x, y, z):
+    """One rounding; the interpreter rounds the product as well."""
+    if x.data.dtype != np.float32:
+        raise NotImplementedError(f"fma of {x.data.dtype}")
+    operands = (torch.from_numpy(np.ascontiguousarray(handle.data)) for handle in (x, y, z))
+    return TensorHandle(fma32(*operands).numpy(), z.dtype.scalar)
+
+
+def _create_dot(self, a, b, *rest):
+    """bfloat16 is held as its 16 bits, which the interpreter multiplies as integers."""
+
+    def widened(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle(_convert_float(handle.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
+
+    return unmended["create_dot"](self, widened(a), widened(b), *rest)
+
+
+def mend():
+    InterpreterBuilder.create_fma, InterpreterBuilder.create_dot = _create_fma, _create_dot
+
+
+mend()
