@@ -1,14 +1,13 @@
-"""Launches without a GPU: the real pipeline on tensors without memory, every kernel compiled for a named architecture.
+"""Launches without a GPU: the real pipeline on tensors without memory, every kernel compiled for a named target.
 
-Triton needs no device to compile. A stand-in for its driver names the target, and a launch becomes a compilation that is
-written down with its grid. What the compiler said of registers, shared memory and spills is read from the cubin.
+Triton needs no device to compile. A stand-in for its driver names the target, and a launch becomes a compilation that
+is written down with its grid. Registers, shared memory, spills and instructions are read from the machine code.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ class Launch(NamedTuple):
 
 
 class _Driver:
-    """As much of Triton's driver as compiling needs; a device number for each target, since caches are kept by device."""
+    """As much of Triton's driver as compiling needs; a device number a target, since caches are kept by device."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -96,7 +95,7 @@ def resources(launch: Launch) -> Resources:
         file.write(launch.compiled.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name) if shutil.which(TOOLS / "nvdisasm") else _tool("cuobjdump", "-sass", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     found = {name: len(re.findall(rf"\b{re.escape(name)}", code)) for name in _TELLING}
     spills = found["STL"] + found["LDL"]

@@ -1,12 +1,13 @@
 """One command on a machine with a GPU: the tests, latency cells, ceilings and memory checks, into one JSON and a table.
 
-    python3 bench/gpu_acceptance.py [--minutes 20] [--only latency,tests,sanitizer] [--full] [--resume]
+    python3 bench/gpu_acceptance.py [--minutes 20] [--only latency,tests,sanitizer] [--cells PATTERN] [--full]
+                                    [--resume]
 
 Needs python3 with torch, triton, pytest and hypothesis (pytest-xdist is used where it is there), and no network. Every
 step is a process of its own with a time limit, and the JSON is written after each, so that a step that fails, hangs or
 takes the process down costs its own figures only. --full measures the product of all sizes; --resume keeps the cells
-that the JSON has already. Without a device it says so and exits 0; with one, the exit status is 1 where a test failed or
-a result was wrong, or where torch does not see it.
+that the JSON has already. Without a device it says so and exits 0; with one, the exit status is 1 where a test failed
+or a result was wrong, or where torch does not see it.
 """
 
 from __future__ import annotations
@@ -179,6 +180,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="latency,tests,sanitizer", help="steps to run, comma-separated")
     parser.add_argument("--full", action="store_true", help="the product of all sizes instead of the named cells")
     parser.add_argument("--resume", action="store_true", help="keep what the JSON has of this card")
+    parser.add_argument("--cells", default="", help="only cells whose name holds this regular expression")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -212,7 +214,7 @@ def main() -> int:
     wanted = arguments.only.split(",")
     # Short figures first: the tests take what is left.
     if "latency" in wanted:
-        _measure_cells(report, arguments.full, left, environment)
+        _measure_cells(report, arguments.full, arguments.cells, left, environment)
     if "tests" in wanted:
         report["tests"] = _tests(left(60 * arguments.minutes), environment)
         _write(report)
@@ -224,11 +226,12 @@ def main() -> int:
     return 0 if all(map(_fine, steps)) else 1
 
 
-def _measure_cells(report: dict[str, Any], full: bool, left: Any, environment: dict[str, str]) -> None:
+def _measure_cells(report: dict[str, Any], full: bool, pattern: str, left: Any, environment: dict[str, str]) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     import gpu_cells
 
     cells = gpu_cells.all_cells() if full else gpu_cells.named_cells()
+    cells = [cell for cell in cells if re.search(pattern, cell.name)]
     kept = {line["cell"]: line for line in report.get("latency", []) if line["status"] == "ok"}
     for table in gpu_cells.tables(cells):
         of_table = [cell for cell in cells if (cell.N, cell.r) == table and cell.name not in kept]

@@ -1,7 +1,7 @@
 """Latency cells of the GPU acceptance run: which there are, how one is checked, timed and compared.
 
-Every figure is a median over CUDA events around one call, host and launches included, on tables larger than the card's
-cache. A result is checked against float64 before it is timed; ceilings are measured in the same process.
+Figures are medians over CUDA events around one call, host and launches included ("ms") or replayed from a CUDA graph
+("graph_ms"), on tables larger than the card's cache. A result is checked against float64 before it is timed; ceilings are measured in the same process.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,9 +50,7 @@ def named_cells() -> list[Cell]:
 
 def all_cells() -> list[Cell]:
     """The full product, N outermost so that a table serves all of its cells."""
-    return [
-        Cell(N, r, *shape, k) for N, r, shape, k in itertools.product(ALL_ROWS, ALL_R, SHAPES, ALL_K)
-    ]
+    return [Cell(N, r, *shape, k) for N, r, shape, k in itertools.product(ALL_ROWS, ALL_R, SHAPES, ALL_K)]
 
 
 def tables(cells: list[Cell]) -> list[tuple[int, int]]:
@@ -113,6 +112,18 @@ def milliseconds(call: Callable[[int], Any], most: float = 400.0) -> float:
     return statistics.median(taken)
 
 
+def host_milliseconds(call: Callable[[int], Any]) -> float:
+    """Median time until call(0), call(1), ... return, their work on the device not awaited."""
+    taken = []
+    for turn in range(5):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call(turn)
+        taken.append(1e3 * (time.perf_counter() - began))
+    torch.cuda.synchronize()
+    return statistics.median(taken)
+
+
 def ceilings() -> dict[str, float]:
     """GB/s of a copy, read and written; TFLOP/s (TOP/s) of torch's bfloat16 and int8 products."""
     source = torch.randint(1 << 30, (1 << 28,), dtype=torch.int32, device="cuda")
@@ -162,8 +173,8 @@ def by_compiled_torch(queries: Tensor, items: Tensor, k: int) -> tuple[Tensor, T
 
 
 def half_fused(queries: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Maximum over a user's queries in the product's epilogue, scores written, then topk: our scan kernel without its
-    threshold, so that the difference is what thresholds are worth."""
+    """Maximum over a user's queries in the product's epilogue, scores written, then topk: our scan kernel with every
+    row in a group of its own, so that the difference is what a threshold is worth."""
     from urm_kernels.backends.triton import search
 
     processors = torch.cuda.get_device_properties(0).multi_processor_count
@@ -172,8 +183,7 @@ def half_fused(queries: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
     prepared = search._prepare(call, k)
     parts, first = [], 0
     for rows in items.split(max(k, min(len(items), _HELD // (4 * users)))):
-        scores = torch.empty(users, len(rows), device=queries.device)
-        search.scan_rows(call._replace(items=rows), prepared, None, len(rows), 1, scores, None, 0, processors)
+        scores = search.sample_maxima(call._replace(items=rows), prepared, len(rows), 1, 1, processors)
         best = scores.topk(min(k, len(rows)), dim=1)
         parts.append((best.values, best.indices + first))
         first += len(rows)
@@ -202,6 +212,7 @@ def measure(cell: Cell, copies: list[Tensor], limits: dict[str, float]) -> dict[
     check(queries, items, cell.k, *result)
     found = search.search(queries, items, cell.k, None, "max", None, None, None, True, processors)
     ms = milliseconds(ours)
+    host = host_milliseconds(ours)
     graphs = []
     for table in copies:
         graph = torch.cuda.CUDAGraph()
@@ -221,6 +232,7 @@ def measure(cell: Cell, copies: list[Tensor], limits: dict[str, float]) -> dict[
     return {
         "ms": round(ms, 4),
         "graph_ms": round(replay, 4),
+        "host_ms": round(host, 4),
         "floor_ms": round(max(read, product), 4),
         "of_floor": round(max(read, product) / replay, 3),
         "gb_per_s": round(items.nbytes / replay / 1e6, 1),

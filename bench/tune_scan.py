@@ -36,7 +36,7 @@ def tiles(users: int, count: int) -> list[Tile]:
         swaps = (True, False) if count == 1 else (False,)
         grid = itertools.product((64, 128), (columns,), (4, 8), (2, 3, 4), (1, 2, 3, 4, 5), swaps)
     else:
-        grid = itertools.product((64, 128, 256), (64, 128, 256), (4, 8), (2, 3), (1, 2, 3, 4), (True,))
+        grid = itertools.product((64, 128, 256), (64, 128), (4, 8), (2, 3, 4), (1, 2, 3), (True,))
     found = []
     for block_n, block_c, warps, stages, per_sm, swap in grid:
         accumulators = block_n * block_c / (32 * warps)
@@ -48,7 +48,18 @@ def tiles(users: int, count: int) -> list[Tile]:
             and (accumulators + 40) * 32 * warps * per_sm <= 65536
             and not (swap and block_n == 64 and warps == 8 and columns <= 64)
         ):
-            found.append(Tile(block_n, block_c, R, warps, stages, per_sm, swap))
+            found.append(
+                Tile(
+                    block_n,
+                    block_c,
+                    R,
+                    warps,
+                    stages,
+                    per_sm,
+                    swap,
+                    65536 // (32 * warps * per_sm) if swap and per_sm > 1 else None,
+                )
+            )
     return found
 
 
@@ -69,8 +80,8 @@ class Bench:
         self.limits = search._guess(self.call, self.prepared, self.plan, self.processors)
 
     def run(self, tile: Tile) -> None:
-        search.scan_rows(self.call, self.prepared, self.limits, len(self.items), 1, self.out, self.counts,
-                         self.plan.capacity, self.processors, tile)  # fmt: skip
+        search.scan_rows(self.call, self.prepared, self.limits, self.out, self.counts, self.plan.capacity,
+                         self.processors, tile)  # fmt: skip
 
     def survivors(self, tile: Tile) -> torch.Tensor:
         self.counts.zero_()
@@ -145,8 +156,9 @@ def main() -> None:
             report.append({"cell": cell, "ms": round(ms, 4), **tile._asdict()})
         for ms, tile in lines[:6]:
             bytes_read, flops = bench.items.nbytes, 2 * users * count * bench.items.numel()
-            print(f"{cell:8}{ms:8.3f} ms {bytes_read / ms / 1e9:6.2f} TB/s {flops / ms / 1e9:7.1f} TFLOP/s {tuple(tile)}"
-                  f" survivors {bench.counts.float().mean().item():.0f}", flush=True)  # fmt: skip
+            rates = f"{bytes_read / ms / 1e9:6.2f} TB/s {flops / ms / 1e9:7.1f} TFLOP/s"
+            survivors = f"survivors {bench.counts.float().mean().item():.0f}"
+            print(f"{cell:8}{ms:8.3f} ms {rates} {tuple(tile)} {survivors}", flush=True)
         del bench
         torch.cuda.empty_cache()
     name = re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name(0).lower()).strip("_")

@@ -57,7 +57,9 @@ _NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
 
 
 def _check_exclude(exclude: Tensor, rows: int) -> None:
-    if exclude.numel() == 0:
+    # On another device than the CPU the values are not looked at: that would wait for it. There, rows that do not exist
+    # exclude nothing.
+    if exclude.numel() == 0 or exclude.device.type != "cpu":
         return
     low, high = (int(bound) for bound in exclude.aminmax())
     if low < -1 or high >= rows:

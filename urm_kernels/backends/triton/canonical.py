@@ -35,7 +35,9 @@ def canonical_dots(queries, items, stride_n, stride_r, r, user, m, there, rows, 
         inside = at < r
         v_at = items + rows[:, None] * stride_n + at[None, :].to(tl.int64) * stride_r
         v = tl.load(v_at, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        q = tl.load(queries + m[:, None].to(tl.int64) * r + at[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+        q = tl.load(
+            queries + m[:, None].to(tl.int64) * r + at[None, :], mask=there[:, None] & inside[None, :], other=0.0
+        )
         v = tl.broadcast_to(v[:, None, :], [C, D, LANES])
         q = tl.broadcast_to(q[None, :, :], [C, D, LANES])
         sums = tl.fma(q, v, sums)
@@ -129,7 +131,9 @@ def canonical_scores(
             there = one_query < 1
             if exists is not None:
                 there = there & (tl.load(exists + user * M + index + one_query) != 0)
-            dots = canonical_dots(queries, items, stride_n, stride_r, r, user, index + one_query, there, rows, live, C, 1)
+            dots = canonical_dots(
+                queries, items, stride_n, stride_r, r, user, index + one_query, there, rows, live, C, 1
+            )
             counted = tl.max(there.to(tl.int32), 0) != 0
             term = canonical_exp(tl.where(finite, tl.max(dots, 1) - largest, 0.0)) - excess
             following = total + term

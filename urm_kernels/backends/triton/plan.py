@@ -8,23 +8,22 @@ from typing import NamedTuple
 import torch
 
 DENSE_ROWS = 8192  # below this many rows everything is scored at once: a scan has nothing to save
-SAMPLE_BYTES = 1 << 26  # of sampled scores held at a time
-MAX_SAMPLE = 1 << 18
+DENSE_KEYS = 1 << 27  # of a dense call held at a time
 GROUP = 1024  # users of one scan
 
 
 class Plan(NamedTuple):
     """group: users of one scan; dense: score every row canonically instead of scanning.
 
-    sample_step, sample_rows, rank: the threshold guessed is the rank-th best of every sample_step-th row.
-    sample_users: users whose samples are held at a time. capacity: survivors there is room for, a user.
+    step, sample: every step-th row is sampled. The sample's scores are reduced to maxima of `gathered` rows; the guess
+    is the rank-th best maximum. capacity: survivors there is room for, a user.
     """
 
     group: int
     dense: bool
-    sample_step: int
-    sample_rows: int
-    sample_users: int
+    step: int
+    sample: int
+    gathered: int
     rank: int
     capacity: int
 
@@ -39,25 +38,29 @@ class Tile(NamedTuple):
     stages: int
     per_sm: int
     swap: bool = False
+    registers: int | None = None
 
 
 def make_plan(users: int, rows: int, wanted: int) -> Plan:
     """`wanted` results a user, those that `exclude` may take away counted in.
 
-    The rank is 4.5 standard deviations above the k S / N of the best rows that a sample of S holds, plus six for small
-    counts: one user in 100,000 needs the second way. Room for survivors is twice what that rank lets through.
+    Of the `wanted` best rows a sample of S holds k S / N on average. The rank is four standard deviations above that,
+    plus four for small counts: about one user in 100,000 needs the second way. Room for survivors is twice what that
+    rank lets through. Maxima, 16 times as many as the rank, lose hardly any of the best sampled rows to each other.
     """
-    group = min(users, GROUP)
     if rows <= max(DENSE_ROWS, 4 * wanted):
-        return Plan(min(group, max(1, (1 << 27) // max(rows, 1))), True, 1, 0, 0, 0, rows)
-    most = MAX_SAMPLE if group <= 64 else MAX_SAMPLE // 2
-    step = max(rows // most, min(64, rows // 2048), 1)
+        return Plan(min(users, GROUP, max(1, DENSE_KEYS // max(rows, 1))), True, 1, 0, 0, 0, rows)
+    group = min(users, GROUP)
+    most = 1 << (18 if group < 32 else 19)
+    step = max(-(-rows // most), min(64, rows // 2048), 1)
     sample = -(-rows // step)
     share = wanted * sample / rows
-    rank = min(math.ceil(share + 4.5 * math.sqrt(share) + 6), sample)
+    rank = min(math.ceil(share + 4 * math.sqrt(share) + 4), sample)
+    gathered = 64
+    while gathered > 1 and sample < 16 * rank * gathered:
+        gathered //= 2
     capacity = min(rows, 2 * math.ceil(rank * rows / sample) + 4096)
-    sample_users = max(1, min(group, SAMPLE_BYTES // 4 // sample))
-    return Plan(group, False, step, sample, sample_users, rank, capacity)
+    return Plan(group, False, step, sample, gathered, rank, capacity)
 
 
 def padded(size: int, least: int = 1) -> int:
@@ -66,15 +69,15 @@ def padded(size: int, least: int = 1) -> int:
 
 
 def choose_tile(columns: int, m_pad: int, r_pad: int, itemsize: int) -> Tile:
-    """The scan's tile for B * m_pad columns of r_pad elements; figures in docs/design.md."""
+    """The scan's tile for B * m_pad columns of r_pad elements. Measured by bench/tune_scan.py on Hopper at r = 128."""
     stages = 3 if r_pad * itemsize <= 256 else 2
     block_r = min(r_pad, 512 // itemsize)
     if columns <= 32:
         return Tile(64, padded(columns, 16), block_r, 4, stages, 4)
-    swap = m_pad == 1
     if columns <= 128:
-        return Tile(64, padded(columns), block_r, 4, stages, 3, swap)
-    return Tile(128, 64 if swap else 128, block_r, 8, 3, 2, swap)
+        return Tile(64, padded(columns), block_r, 4, stages, 3)
+    swap = m_pad == 1
+    return Tile(128, 64 if swap else 128, block_r, 8, stages, 2, swap)
 
 
 def relative_error(dtype: torch.dtype, r: int) -> float:

@@ -73,8 +73,9 @@ def prepare_queries(
     """One user a program. queries fp32 [B, M, r] contiguous -> rounded [B, M_PAD, R] in the table's type.
 
     What does not exist, and the padding up to M_PAD, repeats the user's first existing query: a maximum does not
-    change, and the scan asks no questions. absent fp32 [B, M_PAD] is -inf there, for a sum. inverse_scale, length_slack (a), fixed_slack (b): fp32 [B].
-    wanted int64 [B]: k, or 0 for a user who can get nothing: without queries, or with a NaN in one.
+    change, and the scan asks no questions. absent fp32 [B, M_PAD] is -inf there, for a sum. inverse_scale,
+    length_slack (a), fixed_slack (b): fp32 [B]. wanted int64 [B]: k, or 0 for a user who can get nothing: without
+    queries, or with a NaN in one.
     """
     user = tl.program_id(0).to(tl.int64)
     queries += user * M * r
@@ -85,7 +86,9 @@ def prepare_queries(
     for start in range(0, M, D):
         m = start + tl.arange(0, D)
         there = _existing(exists, user, m, M)
-        q = tl.load(queries + m[:, None].to(tl.int64) * r + at[None, :], mask=there[:, None] & (at < r)[None, :], other=0.0)
+        q = tl.load(
+            queries + m[:, None].to(tl.int64) * r + at[None, :], mask=there[:, None] & (at < r)[None, :], other=0.0
+        )
         nan = nan | tl.max(tl.max((q != q).to(tl.int32), 1), 0)
         largest = tl.maximum(largest, tl.max(tl.max(tl.abs(q), 1), 0))
         first = tl.minimum(first, tl.min(tl.where(there, m, M), 0))
@@ -110,7 +113,9 @@ def prepare_queries(
         else:
             code = q.to(tl.bfloat16)
         inside = m < M_PAD
-        tl.store(rounded + (user * M_PAD + m)[:, None] * R + at[None, :], code, mask=inside[:, None] & (at < R)[None, :])
+        tl.store(
+            rounded + (user * M_PAD + m)[:, None] * R + at[None, :], code, mask=inside[:, None] & (at < R)[None, :]
+        )
         tl.store(absent + user * M_PAD + m, tl.where(there, 0.0, float("-inf")), mask=inside)
         wide = code.to(tl.float32)
         lost = tl.maximum(lost, tl.max(_length(q - wide), 0))
@@ -128,17 +133,28 @@ def prepare_queries(
     tl.store(wanted + user, tl.where(served, k, 0).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank", "B"])
 def set_limits(
-    thresholds, stride, inverse_scale, length_slack, fixed_slack, kept, reach, slope, B, SCALED: tl.constexpr, BLOCK: tl.constexpr
+    maxima,
+    stride,
+    rank,
+    inverse_scale,
+    length_slack,
+    fixed_slack,
+    thresholds,
+    reach,
+    slope,
+    B,
+    SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """What the scan compares with, fp32 [B]: reach = threshold - b and slope = a, times the scale unless SCALED.
 
-    kept: a contiguous copy of the thresholds, which lie `stride` apart.
+    The threshold, kept beside, is the rank-th of a user's descending maxima, which lie `stride` apart.
     """
     user = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = user < B
-    threshold = tl.load(thresholds + user.to(tl.int64) * stride, mask=inside, other=0.0)
+    threshold = tl.load(maxima + user.to(tl.int64) * stride + rank - 1, mask=inside, other=0.0)
     fixed = tl.load(fixed_slack + user, mask=inside, other=0.0)
     rise = tl.load(length_slack + user, mask=inside, other=0.0) * 1.000001
     # Rounding here and in the scan's own comparison.
@@ -147,6 +163,6 @@ def set_limits(
         scale = tl.load(inverse_scale + user, mask=inside, other=1.0)
         most = most / scale
         rise = rise / scale
-    tl.store(kept + user, threshold, mask=inside)
+    tl.store(thresholds + user, threshold, mask=inside)
     tl.store(reach + user, most, mask=inside)
     tl.store(slope + user, rise, mask=inside)

@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from .canonical import NO_KEY, allowed_rows, block_of, canonical_dots, canonical_scores, excluded_rows, pack_keys, unsigned_counts
+from .canonical import (
+    NO_KEY,
+    allowed_rows,
+    block_of,
+    canonical_dots,
+    canonical_scores,
+    excluded_rows,
+    pack_keys,
+    unsigned_counts,
+)
 
 
 @triton.jit(do_not_specialize=["capacity", "E", "M"])
@@ -93,9 +102,7 @@ def score_all(
 
 
 @triton.jit(do_not_specialize=["count", "M"])
-def candidate_dots(
-    out, candidates, count, queries, items, stride_n, stride_r, M, r, C: tl.constexpr, D: tl.constexpr
-):
+def candidate_dots(out, candidates, count, queries, items, stride_n, stride_r, M, r, C: tl.constexpr, D: tl.constexpr):
     """out fp32 [B, M, count]; candidates int64 [B, count], -1 counts as a zero row. Programs: (blocks, users)."""
     user = tl.program_id(1).to(tl.int64)
     slots = block_of(tl.program_id(0), C)
@@ -112,7 +119,7 @@ def candidate_dots(
 
 @triton.jit(do_not_specialize=["width", "k"])
 def unpack_keys(keys, width, k, scores, ids, C: tl.constexpr):
-    """keys int64 [B, width] -> scores fp32 [B, k], ids int64 [B, k]; what is missing is padded. Programs: (blocks, users)."""
+    """keys int64 [B, width] -> scores fp32 [B, k], ids int64 [B, k], padded. Programs: (blocks, users)."""
     user = tl.program_id(1).to(tl.int64)
     slots = block_of(tl.program_id(0), C)
     found = tl.load(keys + user * width + slots, mask=slots < tl.minimum(width, k), other=NO_KEY)

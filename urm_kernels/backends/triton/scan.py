@@ -4,14 +4,15 @@
 
 Every row of which this is not false (NaN stays) goes into its user's list of survivors: its certain upper bound reaches
 the user's threshold (queries.py). Without bias both sides are multiplied by the scale. A list that overflows
-keeps counting, so that whoever reads the count knows. With SAMPLE the scores of every `step`-th row are written
-instead, without slack, for the guess of a threshold.
+keeps counting, so that whoever reads the count knows. Of a sample (GATHERED > 0), maxima of the scores of GATHERED
+rows each are written instead, for the guess of a threshold.
 """
 
 import triton
 import triton.language as tl
 
-from .canonical import allowed_rows, block_of, unsigned_counts
+from .append import append, append_sparse
+from .canonical import allowed_rows, block_of
 
 _SIZES = ["N", "step", "tiles", "capacity", "B", "r"]
 
@@ -38,9 +39,9 @@ def _squares(v, COMPILED: tl.constexpr):
 def _product(v, q, SWAP: tl.constexpr):
     """v [BLOCK_N, R] times q [R, BLOCK_C], fp32.
 
-    A thread holds few rows and many columns of a tensor core's result. SWAP computes the transpose, for many users of one
-    query: what is kept of every user (four numbers) then takes few registers. With it, a maximum over neighbouring
-    columns would be one across threads.
+    A thread holds few rows and many columns of a tensor core's result. SWAP computes the transpose, for many users of
+    one query: what is kept of every user then takes few registers. With it, a maximum over neighbouring columns would
+    be one across threads.
     """
     return tl.trans(tl.dot(tl.trans(q), tl.trans(v))) if SWAP else tl.dot(v, q)
 
@@ -69,93 +70,6 @@ def _user_terms(users, B, inverse_scale, reach, slope, SAMPLE: tl.constexpr, SCA
         most = tl.load(reach + users, mask=exists, other=3e38)
         rise = tl.load(slope + users, mask=exists, other=0.0)
     return scale, most, rise
-
-
-# Four scores at a time: one test of all, and a branch that is rarely taken. Operands, four of each: $0 an output that
-# nobody reads, $4 scores, $8 limits, $12 rows, $16 users, $20 counts, $24 out, $28 capacity.
-_APPEND_ONE = """
- setp.lt.f32 dead, ${score}, ${limit};
- setp.lt.or.s64 dead, ${row}, 0, dead;
- setp.lt.or.s32 dead, ${user}, 0, dead;
- @dead bra NEXT{n};
- mad.wide.s32 at, ${user}, 4, ${counts};
- atom.global.relaxed.gpu.add.u32 slot, [at], 1;
- cvt.u64.u32 at, slot;
- setp.ge.u64 dead, at, ${capacity};
- @dead bra NEXT{n};
- cvt.s64.s32 first, ${user};
- mad.lo.s64 at, first, ${capacity}, at;
- shl.b64 at, at, 3;
- add.s64 at, at, ${out};
- st.global.b64 [at], ${row};
-NEXT{n}:"""
-_PACK = tl.constexpr(4)
-_APPEND = tl.constexpr(
-    """{
- .reg .pred some, dead;
- .reg .b32 slot;
- .reg .b64 at, first;
- mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
- setp.geu.f32 some, $4, $8;
- setp.geu.or.f32 some, $5, $9, some;
- setp.geu.or.f32 some, $6, $10, some;
- setp.geu.or.f32 some, $7, $11, some;
- @!some bra DONE;"""
-    + "".join(
-        _APPEND_ONE.format(
-            n=n, score=4 + n, limit=8 + n, row=12 + n, user=16 + n, counts=20 + n, out=24 + n, capacity=28 + n
-        )
-        for n in range(4)
-    )
-    + """
-DONE:
-}"""
-)
-_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 4 + ["f"] * 8 + ["l"] * 4 + ["r"] * 4 + ["l"] * 12))
-
-
-@triton.jit
-def _append_sparse(scores, limits, rows, users, out, counts, capacity, BLOCK_N: tl.constexpr, USERS: tl.constexpr):
-    """Appends every row whose score is not below the limit to its user's list; two instructions for a score that is.
-
-    scores [BLOCK_N, USERS]; limits [USERS]; rows int64 [BLOCK_N] and users int32 [USERS], negative for what must not be
-    appended. Every score has to be one thread's alone, as a tensor core's result is (python_tests/test_compiled.py).
-    """
-    tl.inline_asm_elementwise(
-        _APPEND,
-        _CONSTRAINTS,
-        [
-            scores,
-            tl.broadcast_to(limits[None, :], [BLOCK_N, USERS]),
-            tl.broadcast_to(rows[:, None], [BLOCK_N, USERS]),
-            tl.broadcast_to(users[None, :], [BLOCK_N, USERS]),
-            counts.to(tl.int64),
-            out.to(tl.int64),
-            tl.full([], 0, tl.int64) + capacity,
-        ],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=_PACK,
-    )
-
-
-@triton.jit
-def _append(alive, rows, users, out, counts, capacity):
-    """The same for what is alive (1 or 0) [BLOCK_N, USERS], a user at a time: for few users, or any layout.
-
-    One atomic a user and tile, however many rows. Atomics for all pairs at once were slower: their results, which nearly
-    nobody needs, are shared among the threads that hold copies.
-    """
-    NOBODY: tl.constexpr = 2**31 - 1
-    some = tl.max(alive, 0) > 0
-    user = tl.min(tl.where(some, users, NOBODY), 0)
-    while user < NOBODY:
-        own = tl.sum(tl.where(users[None, :] == user, alive, 0), 1)
-        first = unsigned_counts(tl.atomic_add(counts + user, tl.sum(own, 0), sem="relaxed"))
-        slot = first + tl.cumsum(own, 0) - own
-        into = out + (user + tl.zeros([1], tl.int64)) * capacity
-        tl.store(into + slot, rows, mask=(own > 0) & (slot < capacity))
-        user = tl.min(tl.where(some & (users > user), users, NOBODY), 0)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -192,19 +106,20 @@ def scan(
     LOG_SUM_EXP: tl.constexpr,
     MASK_BITS: tl.constexpr,
     MASK_PER_USER: tl.constexpr,
-    SAMPLE: tl.constexpr,
+    GATHERED: tl.constexpr,
     COMPILED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Persistent: programs take tiles of BLOCK_N rows in turns. N counts the sampled rows where only those are read.
+    """Persistent: programs take tiles of BLOCK_N rows in turns. A sample has N rows, `step` apart.
 
     Columns of the product are queries, those of a user side by side: BLOCK_C at a time, over blocks of users, and over
     parts of one user where M_PAD > BLOCK_C. ONE_BLOCK: one block holds every user, and is loaded once. Rows wider than
     BLOCK_R are read in parts, for every block of columns again.
 
-    out: int64 [B, capacity] survivors' rows, counts int32 [B] (unsigned); with SAMPLE fp32 [B, N] scores, -inf for what may not
-    be returned. COMPILED allows pieces of PTX, which the interpreter cannot run.
+    out: int64 [B, capacity] survivors' rows, counts int32 [B] (unsigned); of a sample, fp32 [B, groups] maxima of rows
+    far apart, -inf where none may be returned. COMPILED allows pieces of PTX, which the interpreter cannot run.
     """
+    SAMPLE: tl.constexpr = GATHERED > 0
     USERS: tl.constexpr = BLOCK_C // M_PAD if M_PAD <= BLOCK_C else 1
     PARTS: tl.constexpr = M_PAD // BLOCK_C if M_PAD > BLOCK_C else 1
     WHOLE: tl.constexpr = R == BLOCK_R
@@ -220,6 +135,9 @@ def scan(
             q = tl.load(rounded + every[None, :] * R + at[:, None], mask=every[None, :] < B * M_PAD, other=0.0)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES if ONE_BLOCK else 1):
         index = block_of(tile, BLOCK_N)
+        if SAMPLE:
+            # Neighbours go to different groups: in a sorted catalogue the best rows are neighbours.
+            index = index // GATHERED + (index % GATHERED) * (tiles * (BLOCK_N // GATHERED))
         live = index < N
         rows = index * step
         start = items + rows[:, None] * stride_n
@@ -232,7 +150,9 @@ def scan(
         elif not SAMPLE:
             for first in range(0, R, BLOCK_R):
                 inside = live[:, None] & (first + at < r)[None, :]
-                squares += _squares(tl.load(start + (first + at)[None, :].to(tl.int64) * stride_r, mask=inside, other=0.0), COMPILED)
+                squares += _squares(
+                    tl.load(start + (first + at)[None, :].to(tl.int64) * stride_r, mask=inside, other=0.0), COMPILED
+                )
         length = tl.sqrt(squares)
         row_bias = tl.zeros([BLOCK_N], tl.float32)
         if bias is not None:
@@ -256,7 +176,9 @@ def scan(
                     for first in range(0, R, BLOCK_R):
                         inside = live[:, None] & (first + at < r)[None, :]
                         v_part = tl.load(start + (first + at)[None, :].to(tl.int64) * stride_r, mask=inside, other=0.0)
-                        q_part = tl.load(rounded + columns[None, :] * R + (first + at)[:, None], mask=present, other=0.0)
+                        q_part = tl.load(
+                            rounded + columns[None, :] * R + (first + at)[:, None], mask=present, other=0.0
+                        )
                         dots += _product(v_part, q_part, SWAP)
                 if LOG_SUM_EXP:
                     missing = tl.load(absent + columns, mask=columns < B * M_PAD, other=0.0)
@@ -275,17 +197,19 @@ def scan(
                     alive = allowed_rows(mask, mask_stride_user, mask_stride_row, users[None, :].to(tl.int64),
                                          rows[:, None], alive, MASK_BITS)  # fmt: skip
                 score = tl.where(alive & (score == score), score, float("-inf"))
-                into = out + users[None, :].to(tl.int64) * N + index[:, None]
-                tl.store(into, score, mask=live[:, None] & exists[None, :])
+                groups = block_of(tile, BLOCK_N // GATHERED)
+                best = tl.max(tl.reshape(score, [BLOCK_N // GATHERED, GATHERED, USERS]), 1)
+                into = out + users[None, :].to(tl.int64) * (tiles * (BLOCK_N // GATHERED)) + groups[:, None]
+                tl.store(into, tl.broadcast_to(best, [BLOCK_N // GATHERED, USERS]), mask=exists[None, :])
             else:
-                # One limit a user and row where users are few; else one a user, as if all rows had the longest's length.
+                # A limit for every user and row where users are few; else one a user, with the longest row's length.
                 extent = length[:, None] if USERS <= 16 else tl.max(length, 0)
                 limit = most[None, :] - extent * rise[None, :]
                 score = best
                 if SCALED:
                     score = (best if LOG_SUM_EXP else best * scale[None, :]) + row_bias[:, None]
                 if SPARSE_APPEND:
-                    _append_sparse(score, tl.reshape(limit, [USERS]), tl.where(kept, rows, -1),
+                    append_sparse(score, tl.reshape(limit, [USERS]), tl.where(kept, rows, -1),
                                    tl.where(exists, users, -1), out, counts, capacity, BLOCK_N, USERS)  # fmt: skip
                 else:
                     alive = kept[:, None] & exists[None, :] & ((score < limit) == 0)  # NaN stays
@@ -294,4 +218,4 @@ def scan(
                                              rows[:, None], alive, MASK_BITS)  # fmt: skip
                     alive = alive.to(tl.int32)
                     if tl.max(tl.max(alive, 1), 0) != 0:
-                        _append(alive, rows, users, out, counts, capacity)
+                        append(alive, rows, users, out, counts, capacity)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -129,13 +127,13 @@ class _Prepared(NamedTuple):
 def _prepare(call: Call, k: int) -> _Prepared:
     users, count, r = call.queries.shape
     m_pad, r_pad = padded(count), padded(r, 16)
-    f32 = {"dtype": torch.float32, "device": call.queries.device}
+    scales, slack, fixed = call.queries.new_empty((3, users)).unbind()
     prepared = _Prepared(
         torch.empty((users, m_pad, r_pad), dtype=call.items.dtype, device=call.queries.device),
-        torch.empty((users, m_pad), **f32),
-        torch.empty(users, **f32),
-        torch.empty(users, **f32),
-        torch.empty(users, **f32),
+        call.queries.new_empty((users, m_pad)),
+        scales,
+        slack,
+        fixed,
         torch.empty(users, dtype=torch.int64, device=call.queries.device),
     )
     # log(sum exp) of M dots, computed here and by the canonical operations: both within these of the exact value.
@@ -182,29 +180,31 @@ def _surviving_keys(call: Call, k: int, plan: Plan, processors: int) -> tuple[Te
     rows, device = call.items.shape[0], call.queries.device
     prepared = _prepare(call, k)
     limits = _guess(call, prepared, plan, processors)
-    thresholds = limits.thresholds
     keys = torch.empty((users, plan.capacity), dtype=torch.int64, device=device)
-    counts = torch.zeros(users, dtype=torch.int32, device=device)
-    proofs, listed = torch.zeros((2, users), dtype=torch.int64, device=device)
-    scan_rows(call, prepared, limits, rows, 1, keys, counts, plan.capacity, processors)
+    bins = 2 * radix.PASSES.value * radix.BINS.value
+    counts, collected, histograms, arrivals, proofs = _zeros(device, users, users, bins, 1, users)
+    scan_rows(call, prepared, limits, keys, counts, plan.capacity, processors)
     tile = _canonical_tile(call)
     rescore.rescore[(-(-plan.capacity // tile["C"]), users)](
-        keys, counts, plan.capacity, thresholds, proofs, prepared.wanted, *call.scored, *call.excluded, count, r, **tile
-    )
-    unproven = torch.empty(1, dtype=torch.int64, device=device)
-    passes = radix.PASSES.value
-    histograms = torch.empty((users, passes, radix.BINS.value), dtype=torch.int32, device=device)
-    radix.list_unproven[(1,)](
-        counts, plan.capacity, thresholds, proofs, prepared.wanted, users, listed, unproven, histograms,
-        PASSES=passes, BLOCK=1024,
+        keys, counts, plan.capacity, limits.thresholds, proofs, prepared.wanted, *call.scored, *call.excluded, count, r,
+        **tile,
     )  # fmt: skip
-    for step in range(passes + 1):
-        radix.radix_pass[(processors * 4,)](
-            step, listed, unproven, histograms, prepared.wanted, keys, counts, plan.capacity, rows,
-            -(-rows // tile["C"]), *call.scored, *call.masked, *call.excluded, count, r,
-            MASK_BITS=call.bits, COLLECT=step == passes, **tile,
-        )  # fmt: skip
+    unproven = torch.empty(1, dtype=torch.int64, device=device)
+    together = {} if device.type == "cpu" else {"launch_cooperative_grid": True}
+    radix.select_unproven[(1 if device.type == "cpu" else 2 * processors,)](
+        counts, plan.capacity, limits.thresholds, proofs, prepared.wanted, users, unproven, histograms, arrivals,
+        collected, keys, rows, -(-rows // tile["C"]), *call.scored, *call.masked, *call.excluded, count, r,
+        MASK_BITS=call.bits, BLOCK=min(1024, padded(users)), **tile, **together,
+    )  # fmt: skip
     return keys, unproven
+
+
+def _zeros(device: torch.device, *sizes: int) -> list[Tensor]:
+    """int32 vectors of zeros in one allocation, the last one int64."""
+    wide = [size + size % 2 for size in sizes[:-1]]
+    buffer = torch.zeros(sum(wide) + 2 * sizes[-1], dtype=torch.int32, device=device)
+    parts = list(buffer.split([*wide, 2 * sizes[-1]]))
+    return [*parts[:-1], parts[-1].view(torch.int64)]
 
 
 class _Limits(NamedTuple):
@@ -216,27 +216,49 @@ class _Limits(NamedTuple):
 
 
 def _guess(call: Call, prepared: _Prepared, plan: Plan, processors: int) -> _Limits:
-    """The threshold is the rank-th best score of the sample."""
     users = call.queries.shape[0]
-    limits = _Limits(*call.queries.new_empty((3, users)))
-    for first in range(0, users, plan.sample_users):
-        part = slice(first, first + plan.sample_users)
-        some = call._replace(
-            queries=call.queries[part], mask=call.mask if call.mask is None or call.mask.dim() == 1 else call.mask[part]
-        )
-        count = some.queries.shape[0]
-        scores = call.queries.new_empty((count, plan.sample_rows))
-        own = _Prepared(*(t[part] for t in prepared))
-        scan_rows(some, own, None, plan.sample_rows, plan.sample_step, scores, None, 0, processors)
-        best = torch.topk(scores, plan.rank, dim=1, sorted=True).values[:, -1]
-        query_kernels.set_limits[(-(-count // 128),)](
-            best, best.stride(0), own.inverse_scale, own.length_slack, own.fixed_slack, *(t[part] for t in limits),
-            count, SCALED=call.log_sum_exp or call.bias is not None, BLOCK=128,
-        )  # fmt: skip
+    maxima = sample_maxima(call, prepared, plan.sample, plan.step, plan.gathered, processors)
+    best = torch.topk(maxima, plan.rank, dim=1, sorted=True).values
+    limits = _Limits(*call.queries.new_empty((3, users)).unbind())
+    query_kernels.set_limits[(-(-users // 128),)](
+        best, best.stride(0), plan.rank, prepared.inverse_scale, prepared.length_slack, prepared.fixed_slack, *limits,
+        users, SCALED=call.log_sum_exp or call.bias is not None, BLOCK=128,
+    )  # fmt: skip
     return limits
 
 
+def sample_maxima(call: Call, prepared: _Prepared, sample: int, step: int, gathered: int, processors: int) -> Tensor:
+    """fp32 [B, groups]: the best scores among `gathered` rows each of `sample` rows, `step` apart."""
+    users = call.queries.shape[0]
+    tile = _tile(call, prepared)
+    gathered = min(gathered, tile.block_n)
+    groups = -(-sample // tile.block_n) * (tile.block_n // gathered)
+    maxima = call.queries.new_empty((users, groups))
+    _launch_scan(call, prepared, None, sample, step, maxima, None, 0, gathered, processors, tile)
+    return maxima
+
+
 def scan_rows(
+    call: Call,
+    prepared: _Prepared,
+    limits: _Limits,
+    survivors: Tensor,
+    counts: Tensor,
+    capacity: int,
+    processors: int,
+    tile: Tile | None = None,
+) -> None:
+    """Rows that may reach their user's threshold go to survivors int64 [B, capacity], their number to counts."""
+    tile = tile or _tile(call, prepared)
+    _launch_scan(call, prepared, limits, call.items.shape[0], 1, survivors, counts, capacity, 0, processors, tile)
+
+
+def _tile(call: Call, prepared: _Prepared) -> Tile:
+    users, m_pad, r_pad = prepared.rounded.shape
+    return choose_tile(users * m_pad, m_pad, r_pad, call.items.element_size())
+
+
+def _launch_scan(
     call: Call,
     prepared: _Prepared,
     limits: _Limits | None,
@@ -245,13 +267,12 @@ def scan_rows(
     out: Tensor,
     counts: Tensor | None,
     capacity: int,
+    gathered: int,
     processors: int,
-    tile: Tile | None = None,
+    tile: Tile,
 ) -> None:
-    """Launches the scan: of every row, or without limits of a sample, whose scores are written."""
     users, _, r = call.queries.shape
     _, m_pad, r_pad = prepared.rounded.shape
-    tile = tile or choose_tile(users * m_pad, m_pad, r_pad, call.items.element_size())
     tiles = -(-rows // tile.block_n)
     bias_stride = 0 if call.bias is None else call.bias.stride(0)
     scan_kernel[(min(tiles, processors * tile.per_sm),)](
@@ -284,8 +305,9 @@ def scan_rows(
         LOG_SUM_EXP=call.log_sum_exp,
         MASK_BITS=call.bits,
         MASK_PER_USER=call.mask is not None and call.mask.dim() == 2,
-        SAMPLE=limits is None,
+        GATHERED=gathered,
         COMPILED=not call.items.is_cpu,
         STAGES=tile.stages,
         num_warps=tile.warps,
+        maxnreg=tile.registers,
     )
