@@ -1,4 +1,4 @@
-# make test | test-stand-in | demo | bench | lint | format | test-sanitize | gpu-acceptance | clean
+# make test | test-stand-in | kernel-report | demo | bench | lint | format | test-sanitize | gpu-acceptance | clean
 # Every target but gpu-acceptance sets up what it needs: a .venv in the project, everything else through pip by name.
 
 PYTHON ?= python3
@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*/*) CMakeLists.txt pyproject.toml
 
-.PHONY: test test-stand-in demo bench lint format test-sanitize gpu-acceptance clean
+.PHONY: test test-stand-in kernel-report demo bench lint format test-sanitize gpu-acceptance clean
 .DELETE_ON_ERROR:
 
 $(VENV)/test.stamp: requirements/test.txt
@@ -24,8 +24,21 @@ $(VENV)/build.stamp: $(SOURCES) $(VENV)/test.stamp
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-test: $(VENV)/build.stamp
-	$(BIN)/python -m pytest python_tests
+# A second Triton beside the one that tests run on: it alone compiles for Blackwell.
+$(VENV)/blackwell.stamp: requirements/blackwell.txt $(VENV)/test.stamp
+	rm -rf $(VENV)/blackwell
+	$(BIN)/pip install --quiet --no-deps --target $(VENV)/blackwell -r $<
+	touch $@
+
+BLACKWELL := URM_TRITON_BLACKWELL=$(CURDIR)/$(VENV)/blackwell
+
+# The GPU's kernels run in Triton's interpreter, which is chosen when they are imported: a process of their own.
+test: $(VENV)/build.stamp $(VENV)/blackwell.stamp
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest python_tests/test_triton.py python_tests/test_interpreter.py
+	$(BLACKWELL) $(BIN)/python -m pytest python_tests
+
+kernel-report: $(VENV)/build.stamp $(VENV)/blackwell.stamp
+	$(BLACKWELL) $(BIN)/python bench/kernel_report.py
 
 # On a device that is the CPU under another name: what mixes the CPU's tensors with a GPU's fails without a GPU, too.
 test-stand-in: $(VENV)/build.stamp

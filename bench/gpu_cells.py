@@ -1,7 +1,8 @@
 """Latency cells of the GPU acceptance run: which there are, how one is checked, timed and compared.
 
 Figures are medians over CUDA events around one call, host and launches included ("ms") or replayed from a CUDA graph
-("graph_ms"), on tables larger than the card's cache. A result is checked against float64 before it is timed; ceilings are measured in the same process.
+("graph_ms"), on tables larger than the card's cache. A result is checked against float64 before it is timed; ceilings
+are measured in the same process.
 """
 
 from __future__ import annotations
@@ -175,15 +176,15 @@ def by_compiled_torch(queries: Tensor, items: Tensor, k: int) -> tuple[Tensor, T
 def half_fused(queries: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Maximum over a user's queries in the product's epilogue, scores written, then topk: our scan kernel with every
     row in a group of its own, so that the difference is what a threshold is worth."""
+    from urm_kernels.backends import triton as backend
     from urm_kernels.backends.triton import search
 
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
     users = len(queries)
     call = search.Call(queries, None, items, None, None, None, False)
     prepared = search._prepare(call, k)
     parts, first = [], 0
     for rows in items.split(max(k, min(len(items), _HELD // (4 * users)))):
-        scores = search.sample_maxima(call._replace(items=rows), prepared, len(rows), 1, 1, processors)
+        scores = search.sample_maxima(call._replace(items=rows), prepared, len(rows), 1, 1, backend.card(items.device))
         best = scores.topk(min(k, len(rows)), dim=1)
         parts.append((best.values, best.indices + first))
         first += len(rows)
@@ -193,11 +194,11 @@ def half_fused(queries: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def measure(cell: Cell, copies: list[Tensor], limits: dict[str, float]) -> dict[str, Any]:
     """One cell. copies: the table, as many times as it takes to be larger than the cache."""
     import urm_kernels
+    from urm_kernels.backends import triton as backend
     from urm_kernels.backends.triton import search
 
     items = copies[0]
     queries = decay(cell.B * cell.M, cell.r, 1, 0.0, torch.float32, "cuda").view(cell.B, cell.M, cell.r)
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
 
     def ours(turn: int) -> Any:
         return urm_kernels.score_topk(queries, copies[turn % len(copies)], cell.k, backend="triton")
@@ -210,7 +211,7 @@ def measure(cell: Cell, copies: list[Tensor], limits: dict[str, float]) -> dict[
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before
     check(queries, items, cell.k, *result)
-    found = search.search(queries, items, cell.k, None, "max", None, None, None, True, processors)
+    found = search.search(queries, items, cell.k, None, "max", None, None, None, True, backend.card(items.device))
     ms = milliseconds(ours)
     host = host_milliseconds(ours)
     graphs = []

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from urm_kernels.backends import triton as backend
 from urm_kernels.backends.triton import search
 from urm_kernels.backends.triton.plan import Tile, make_plan, padded
 
@@ -57,7 +58,6 @@ def tiles(users: int, count: int) -> list[Tile]:
                     stages,
                     per_sm,
                     swap,
-                    65536 // (32 * warps * per_sm) if swap and per_sm > 1 else None,
                 )
             )
     return found
@@ -71,17 +71,17 @@ class Bench:
         for part in self.items.split(1 << 21):
             part.copy_(torch.randn(part.shape, device="cuda", generator=generator) * shape)
         queries = torch.randn(users, count, R, device="cuda", generator=generator) * shape
-        self.processors = torch.cuda.get_device_properties(0).multi_processor_count
+        self.card = backend.card(torch.device("cuda", 0))
         self.call = search.Call(queries, None, self.items, None, None, None, False)
         self.plan = make_plan(users, rows, K)
         self.prepared = search._prepare(self.call, K)
         self.out = torch.empty(users, self.plan.capacity, dtype=torch.int64, device="cuda")
         self.counts = torch.zeros(users, dtype=torch.int32, device="cuda")
-        self.limits = search._guess(self.call, self.prepared, self.plan, self.processors)
+        self.limits = search._guess(self.call, self.prepared, self.plan, self.card)
 
     def run(self, tile: Tile) -> None:
         search.scan_rows(self.call, self.prepared, self.limits, self.out, self.counts, self.plan.capacity,
-                         self.processors, tile)  # fmt: skip
+                         self.card, tile)  # fmt: skip
 
     def survivors(self, tile: Tile) -> torch.Tensor:
         self.counts.zero_()

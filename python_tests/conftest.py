@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(config, items):
 def _same_start(monkeypatch):
     """Every test starts from one seed, with no URM_ setting but the test device, with denormals."""
     for name in [n for n in os.environ if n.startswith("URM_") and n != "URM_TEST_DEVICE"]:
-        if not name.startswith("URM_EMBEDDINGS_"):
+        if not name.startswith(("URM_EMBEDDINGS_", "URM_TRITON_")):
             monkeypatch.delenv(name)
     torch.manual_seed(0)
     yield

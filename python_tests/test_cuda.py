@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: streams, threads, graphs, waits, memory that runs out, tables past 2^32 elements."""
+"""What only a CUDA device can show: streams, threads, graphs, waits, memory that ends, tables past 2^32 elements."""
 
 import threading
 

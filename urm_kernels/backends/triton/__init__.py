@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Collection
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
-
-_INTERPRETED_PROCESSORS = 1
 
 
 def interpreted() -> bool:
@@ -27,11 +27,17 @@ def _missing() -> str | None:
     return None
 
 
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+
+
 @functools.cache
 def _unfit(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if torch.version.hip is not None:
         return "the kernels' error model is stated for NVIDIA's tensor cores only"
+    if major >= 10 and _version() < (3, 8):
+        return f"for Blackwell, Triton 3.8 is needed, this is {'.'.join(map(str, _version()))} (its compiler fails)"
     if major < 8:
         return f"compute capability 8.0 is needed, this device has {major}.{minor}"
     return None
@@ -52,10 +58,13 @@ def _kernels(name: str) -> ModuleType:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def card(device: torch.device) -> Any:
+    """The device as launches see it: a plan.Card."""
+    make = _kernels("plan").Card
     if device.type != "cuda":
-        return _INTERPRETED_PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return make(processors=1, capability=0)
+    found = torch.cuda.get_device_properties(device)
+    return make(processors=found.multi_processor_count, capability=10 * found.major + found.minor)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -77,23 +86,12 @@ def score_topk(
     """See urm_kernels.score_topk; queries are float32 [B, M, r]."""
     with _on(items.device):
         found = _kernels("search").search(
-            queries, items, k, query_mask, reduce, bias, mask, exclude, sorted, _processors(items.device)
+            queries, items, k, query_mask, reduce, bias, mask, exclude, sorted, card(items.device)
         )
     return found.scores, found.ids
 
 
 def candidate_dots(queries: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
     """[B, M, C] canonical dots of every query with the user's candidate rows [B, C]; -1 counts as a zero row."""
-    queries, candidates = queries.contiguous(), candidates.contiguous()
-    users, count, r = queries.shape
-    width = candidates.shape[1]
-    out = queries.new_empty((users, count, width))
-    if out.numel() == 0:
-        return out
-    d = 1 << min(3, (count - 1).bit_length())
-    grid = (-(-width * d // 128), users)
     with _on(items.device):
-        _kernels("rescore").candidate_dots[grid](
-            out, candidates, width, queries, items, *items.stride(), count, r, C=128 // d, D=d, enable_fp_fusion=False
-        )
-    return out
+        return _kernels("search").candidate_dots(queries, items, candidates)

@@ -28,6 +28,22 @@ class Plan(NamedTuple):
     capacity: int
 
 
+class Card(NamedTuple):
+    """What a launch has to know of the device. capability: 90 for sm_90; 0 for Triton's interpreter."""
+
+    processors: int
+    capability: int
+
+    @property
+    def interpreted(self) -> bool:
+        return self.capability == 0
+
+    @property
+    def adds_squares(self) -> bool:
+        """Whether the tensor cores add the squares of rows; Triton 3.6 fails to compile that for Blackwell."""
+        return 80 <= self.capability < 100
+
+
 class Tile(NamedTuple):
     """One configuration of the scan; block_c counts columns (queries), per_sm programs a multiprocessor."""
 
@@ -38,7 +54,6 @@ class Tile(NamedTuple):
     stages: int
     per_sm: int
     swap: bool = False
-    registers: int | None = None
 
 
 def make_plan(users: int, rows: int, wanted: int) -> Plan:
@@ -68,16 +83,24 @@ def padded(size: int, least: int = 1) -> int:
     return max(least, 1 << max(size - 1, 0).bit_length())
 
 
-def choose_tile(columns: int, m_pad: int, r_pad: int, itemsize: int) -> Tile:
-    """The scan's tile for B * m_pad columns of r_pad elements. Measured by bench/tune_scan.py on Hopper at r = 128."""
-    stages = 3 if r_pad * itemsize <= 256 else 2
-    block_r = min(r_pad, 512 // itemsize)
+def choose_tile(columns: int, m_pad: int, r_pad: int, itemsize: int, capability: int) -> Tile:
+    """The scan's tile for B * m_pad columns of r_pad elements.
+
+    Measured by bench/tune_scan.py on Hopper at r = 128; elsewhere chosen so that nothing spills (docs/kernels.md).
+    """
+    row_bytes = r_pad * itemsize
+    stages = 3 if row_bytes <= 256 else 2
+    if row_bytes > 512:  # read in parts, by addresses that take registers
+        return Tile(64, min(padded(columns, 16), 64), 128 // itemsize, 8, 2, 2)
+    block_r = r_pad
     if columns <= 32:
-        return Tile(64, padded(columns, 16), block_r, 4, stages, 4)
+        return Tile(64, padded(columns, 16), block_r, 4 if capability < 100 else 8, stages, 4)
+    warps = 8 if capability < 90 else 4
     if columns <= 128:
-        return Tile(64, padded(columns), block_r, 4, stages, 3)
-    swap = m_pad == 1
-    return Tile(128, 64 if swap else 128, block_r, 8, stages, 2, swap)
+        return Tile(64, padded(columns), block_r, warps, stages, 3)
+    if m_pad == 1:
+        return Tile(128, 64, block_r, 8, stages, 2, True)
+    return Tile(64, 64, block_r, warps, stages, 3)
 
 
 def relative_error(dtype: torch.dtype, r: int) -> float:

@@ -17,7 +17,7 @@ PASSES = tl.constexpr(6)
 
 @triton.jit
 def _unproven(users, inside, counts, capacity, thresholds, proofs, wanted):
-    """Whose survivors overflowed, or hold too few scores that reach the threshold (unless it let everything through)."""
+    """Whose survivors overflowed, or hold too few scores that reach the threshold, unless it let everything through."""
     count = unsigned_counts(tl.load(counts + users, mask=inside, other=0))
     threshold = tl.load(thresholds + users, mask=inside, other=0.0)
     proof = tl.load(proofs + users, mask=inside, other=0)

@@ -21,13 +21,13 @@ _SQUARE = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x
 
 
 @triton.jit
-def _squares(v, COMPILED: tl.constexpr):
+def _squares(v, TENSOR_SQUARES: tl.constexpr):
     """Squared lengths of the rows of a tile, at most 2^-8 too small.
 
-    Widening and adding bfloat16 squares is as much work as all the rest of a tile with few queries. There they are
-    rounded in pairs, and the tensor core adds them: its sum is the same in every column.
+    Widening and adding bfloat16 squares is as much work as all the rest of a tile with few queries. With TENSOR_SQUARES
+    they are rounded in pairs, and the tensor core adds them: its sum is the same in every column.
     """
-    if COMPILED and v.dtype == tl.bfloat16:
+    if TENSOR_SQUARES:
         squares = tl.inline_asm_elementwise(_SQUARE, "=r,r", [v], dtype=tl.bfloat16, is_pure=True, pack=2)
         return tl.max(tl.dot(squares, tl.full([v.shape[1], 16], 1.0, tl.bfloat16)), 1)
     else:
@@ -108,6 +108,7 @@ def scan(
     MASK_PER_USER: tl.constexpr,
     GATHERED: tl.constexpr,
     COMPILED: tl.constexpr,
+    TENSOR_SQUARES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Persistent: programs take tiles of BLOCK_N rows in turns. A sample has N rows, `step` apart.
@@ -146,12 +147,13 @@ def scan(
             inside = live[:, None] if EVEN_R else live[:, None] & (at < r)[None, :]
             v = tl.load(start + at[None, :].to(tl.int64) * stride_r, mask=inside, other=0.0)
             if not SAMPLE:
-                squares = _squares(v, COMPILED)
+                squares = _squares(v, TENSOR_SQUARES)
         elif not SAMPLE:
             for first in range(0, R, BLOCK_R):
                 inside = live[:, None] & (first + at < r)[None, :]
                 squares += _squares(
-                    tl.load(start + (first + at)[None, :].to(tl.int64) * stride_r, mask=inside, other=0.0), COMPILED
+                    tl.load(start + (first + at)[None, :].to(tl.int64) * stride_r, mask=inside, other=0.0),
+                    TENSOR_SQUARES,
                 )
         length = tl.sqrt(squares)
         row_bias = tl.zeros([BLOCK_N], tl.float32)

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from . import queries as query_kernels
 from . import radix, rescore
-from .plan import Plan, Tile, choose_tile, make_plan, padded, relative_error
+from .plan import GROUP, Card, Plan, Tile, choose_tile, make_plan, padded, relative_error
 from .scan import scan as scan_kernel
 
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _EXACT = {"enable_fp_fusion": False}
+_MOST_REGISTERS = 248  # said aloud, or the assembler spills for the sake of an occupancy that is no use here
 
 
 class Found(NamedTuple):
@@ -67,9 +68,9 @@ def search(
     mask: Tensor | None,
     exclude: Tensor | None,
     sorted: bool,
-    processors: int,
+    card: Card,
 ) -> Found:
-    """See urm_kernels.score_topk. processors: multiprocessors of the device."""
+    """See urm_kernels.score_topk."""
     users, rows = queries.shape[0], items.shape[0]
     scores = queries.new_empty((users, k), dtype=torch.float32)
     ids = queries.new_empty((users, k), dtype=torch.int64)
@@ -93,7 +94,7 @@ def search(
             None if exclude is None else exclude[part],
             reduce == "logsumexp",
         )
-        keys, failed = _dense_keys(call, k) if plan.dense else _surviving_keys(call, k, plan, processors)
+        keys, failed = _dense_keys(call, k) if plan.dense else _surviving_keys(call, k, plan, card)
         unproven.append(failed)
         width = min(k, keys.shape[1])
         best = torch.topk(keys, width, dim=1, sorted=sorted).values
@@ -137,7 +138,7 @@ def _prepare(call: Call, k: int) -> _Prepared:
         torch.empty(users, dtype=torch.int64, device=call.queries.device),
     )
     # log(sum exp) of M dots, computed here and by the canonical operations: both within these of the exact value.
-    relative, fixed = (8e-6, 3.2e-5 + 4e-7 * count) if call.log_sum_exp else (0.0, 0.0)
+    excess = (8e-6, 3.2e-5 + 4e-7 * count) if call.log_sum_exp else (0.0, 0.0)
     query_kernels.prepare_queries[(users,)](
         call.queries,
         call.exists,
@@ -146,8 +147,7 @@ def _prepare(call: Call, k: int) -> _Prepared:
         count,
         r,
         relative_error(call.items.dtype, r),
-        relative,
-        fixed,
+        *excess,
         M_PAD=m_pad,
         R=r_pad,
         D=min(16, m_pad),
@@ -175,26 +175,27 @@ def _dense_keys(call: Call, k: int) -> tuple[Tensor, Tensor]:
     return keys, torch.zeros(1, dtype=torch.int64, device=keys.device)
 
 
-def _surviving_keys(call: Call, k: int, plan: Plan, processors: int) -> tuple[Tensor, Tensor]:
+def _surviving_keys(call: Call, k: int, plan: Plan, card: Card) -> tuple[Tensor, Tensor]:
     users, count, r = call.queries.shape
     rows, device = call.items.shape[0], call.queries.device
     prepared = _prepare(call, k)
-    limits = _guess(call, prepared, plan, processors)
+    limits = _guess(call, prepared, plan, card)
     keys = torch.empty((users, plan.capacity), dtype=torch.int64, device=device)
     bins = 2 * radix.PASSES.value * radix.BINS.value
     counts, collected, histograms, arrivals, proofs = _zeros(device, users, users, bins, 1, users)
-    scan_rows(call, prepared, limits, keys, counts, plan.capacity, processors)
+    scan_rows(call, prepared, limits, keys, counts, plan.capacity, card)
     tile = _canonical_tile(call)
     rescore.rescore[(-(-plan.capacity // tile["C"]), users)](
         keys, counts, plan.capacity, limits.thresholds, proofs, prepared.wanted, *call.scored, *call.excluded, count, r,
         **tile,
     )  # fmt: skip
     unproven = torch.empty(1, dtype=torch.int64, device=device)
-    together = {} if device.type == "cpu" else {"launch_cooperative_grid": True}
-    radix.select_unproven[(1 if device.type == "cpu" else 2 * processors,)](
+    # Programs wait for each other; interpreted ones run one after the other.
+    programs, together = (1, {}) if card.interpreted else (2 * card.processors, {"launch_cooperative_grid": True})
+    radix.select_unproven[(programs,)](
         counts, plan.capacity, limits.thresholds, proofs, prepared.wanted, users, unproven, histograms, arrivals,
         collected, keys, rows, -(-rows // tile["C"]), *call.scored, *call.masked, *call.excluded, count, r,
-        MASK_BITS=call.bits, BLOCK=min(1024, padded(users)), **tile, **together,
+        MASK_BITS=call.bits, BLOCK=min(1024, padded(users)), maxnreg=_MOST_REGISTERS, **tile, **together,
     )  # fmt: skip
     return keys, unproven
 
@@ -215,9 +216,9 @@ class _Limits(NamedTuple):
     slope: Tensor
 
 
-def _guess(call: Call, prepared: _Prepared, plan: Plan, processors: int) -> _Limits:
+def _guess(call: Call, prepared: _Prepared, plan: Plan, card: Card) -> _Limits:
     users = call.queries.shape[0]
-    maxima = sample_maxima(call, prepared, plan.sample, plan.step, plan.gathered, processors)
+    maxima = sample_maxima(call, prepared, plan.sample, plan.step, plan.gathered, card)
     best = torch.topk(maxima, plan.rank, dim=1, sorted=True).values
     limits = _Limits(*call.queries.new_empty((3, users)).unbind())
     query_kernels.set_limits[(-(-users // 128),)](
@@ -227,14 +228,14 @@ def _guess(call: Call, prepared: _Prepared, plan: Plan, processors: int) -> _Lim
     return limits
 
 
-def sample_maxima(call: Call, prepared: _Prepared, sample: int, step: int, gathered: int, processors: int) -> Tensor:
+def sample_maxima(call: Call, prepared: _Prepared, sample: int, step: int, gathered: int, card: Card) -> Tensor:
     """fp32 [B, groups]: the best scores among `gathered` rows each of `sample` rows, `step` apart."""
     users = call.queries.shape[0]
-    tile = _tile(call, prepared)
+    tile = _tile(call, prepared, card)
     gathered = min(gathered, tile.block_n)
     groups = -(-sample // tile.block_n) * (tile.block_n // gathered)
     maxima = call.queries.new_empty((users, groups))
-    _launch_scan(call, prepared, None, sample, step, maxima, None, 0, gathered, processors, tile)
+    _launch_scan(call, prepared, None, sample, step, maxima, None, 0, gathered, card, tile)
     return maxima
 
 
@@ -245,17 +246,17 @@ def scan_rows(
     survivors: Tensor,
     counts: Tensor,
     capacity: int,
-    processors: int,
+    card: Card,
     tile: Tile | None = None,
 ) -> None:
     """Rows that may reach their user's threshold go to survivors int64 [B, capacity], their number to counts."""
-    tile = tile or _tile(call, prepared)
-    _launch_scan(call, prepared, limits, call.items.shape[0], 1, survivors, counts, capacity, 0, processors, tile)
+    tile = tile or _tile(call, prepared, card)
+    _launch_scan(call, prepared, limits, call.items.shape[0], 1, survivors, counts, capacity, 0, card, tile)
 
 
-def _tile(call: Call, prepared: _Prepared) -> Tile:
+def _tile(call: Call, prepared: _Prepared, card: Card) -> Tile:
     users, m_pad, r_pad = prepared.rounded.shape
-    return choose_tile(users * m_pad, m_pad, r_pad, call.items.element_size())
+    return choose_tile(users * m_pad, m_pad, r_pad, call.items.element_size(), card.capability)
 
 
 def _launch_scan(
@@ -268,14 +269,14 @@ def _launch_scan(
     counts: Tensor | None,
     capacity: int,
     gathered: int,
-    processors: int,
+    card: Card,
     tile: Tile,
 ) -> None:
     users, _, r = call.queries.shape
     _, m_pad, r_pad = prepared.rounded.shape
     tiles = -(-rows // tile.block_n)
     bias_stride = 0 if call.bias is None else call.bias.stride(0)
-    scan_kernel[(min(tiles, processors * tile.per_sm),)](
+    scan_kernel[(min(tiles, card.processors * tile.per_sm),)](
         call.items,
         *call.items.stride(),
         rows,
@@ -306,8 +307,36 @@ def _launch_scan(
         MASK_BITS=call.bits,
         MASK_PER_USER=call.mask is not None and call.mask.dim() == 2,
         GATHERED=gathered,
-        COMPILED=not call.items.is_cpu,
+        COMPILED=not card.interpreted,
+        TENSOR_SQUARES=call.items.dtype == torch.bfloat16 and card.adds_squares,
         STAGES=tile.stages,
         num_warps=tile.warps,
-        maxnreg=tile.registers,
+        maxnreg=_MOST_REGISTERS if tile.block_r < r_pad else None,
     )
+
+
+def candidate_dots(queries: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
+    """[B, M, C] canonical dots; see urm_kernels.backends."""
+    queries, candidates = queries.contiguous(), candidates.contiguous()
+    users, count, r = queries.shape
+    width = candidates.shape[1]
+    out = queries.new_empty((users, count, width))
+    d = min(padded(count), 8)
+    # A grid's second dimension ends at 65,535.
+    for first in range(0, users if out.numel() else 0, GROUP):
+        part = slice(first, first + GROUP)
+        grid = (-(-width * d // 128), out[part].shape[0])
+        rescore.candidate_dots[grid](
+            out[part],
+            candidates[part],
+            width,
+            queries[part],
+            items,
+            *items.stride(),
+            count,
+            r,
+            C=128 // d,
+            D=d,
+            **_EXACT,
+        )
+    return out

@@ -1,0 +1,172 @@
+"""What the compiler makes of every kernel, on a machine without a GPU: writes docs/kernels.md.
+
+python3 bench/kernel_report.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import compile_only
+import torch
+import triton
+
+from urm_kernels.backends.triton import search
+from urm_kernels.backends.triton.plan import Card
+
+ARCHITECTURES = (80, 90, 100)
+MATRIX_UNIT = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA", "UTCMMA", "UTCQMMA")}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
+_PATH = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
+_PROCESSORS = 132
+
+
+class Case(NamedTuple):
+    """One call, on tensors without memory."""
+
+    dtype: torch.dtype
+    r: int
+    B: int
+    M: int
+    reduce: str = "max"
+    filtered: bool = False  # bias, a mask of every user's own, excluded rows
+    rows: int = 50_000_000
+    k: int = 1000
+
+    @property
+    def name(self) -> str:
+        extra = f", {self.reduce}" * (self.reduce != "max") + ", bias, mask, exclude" * self.filtered
+        return f"{str(self.dtype)[6:]} r={self.r} ({self.B}, {self.M}){extra}" + f", N={self.rows}" * (
+            self.rows < 10**6
+        )
+
+
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+CASES = [
+    *(Case(BFLOAT16, 128, *shape) for shape in ((1, 1), (1, 8), (1, 128), (8, 16), (64, 1), (1024, 1))),
+    Case(BFLOAT16, 64, 1, 8),
+    Case(BFLOAT16, 64, 1024, 1),
+    Case(BFLOAT16, 128, 500, 4),
+    Case(BFLOAT16, 256, 8, 8),
+    Case(BFLOAT16, 300, 1, 8),
+    Case(FLOAT16, 128, 1, 8),
+    Case(FLOAT16, 128, 64, 1),
+    Case(FLOAT32, 128, 1, 8),
+    Case(FLOAT32, 64, 1, 128),
+    Case(FLOAT32, 128, 1024, 1),
+    Case(BFLOAT16, 128, 1, 8, "logsumexp", True),
+    Case(FLOAT32, 64, 8, 1, "mean", True),
+    Case(FLOAT32, 128, 2, 8, rows=5000),
+]
+
+
+def launches(case: Case, architecture: int) -> list[compile_only.Launch]:
+    """Every launch of the call and of its backward pass, compiled."""
+    meta: dict[str, Any] = {"device": "meta"}
+    queries = torch.empty(case.B, case.M, case.r, **meta)
+    items = torch.empty(case.rows, case.r, dtype=case.dtype, **meta)
+    bias = mask = exclude = None
+    if case.filtered:
+        bias = torch.empty(case.rows, **meta)
+        mask = torch.empty(case.B, case.rows, dtype=torch.bool, **meta)
+        exclude = torch.empty(case.B, 50, dtype=torch.int64, **meta)
+    with compile_only.recorded(architecture) as found:
+        search.search(
+            queries, items, case.k, None, case.reduce, bias, mask, exclude, True, Card(_PROCESSORS, architecture)
+        )
+        search.candidate_dots(queries, items, torch.empty(case.B, 100, dtype=torch.int64, **meta))
+    return found
+
+
+def kernels(architecture: int) -> Iterator[dict[str, Any]]:
+    """Each compiled kernel once, with the first case that launches it."""
+    seen = set()
+    for case in CASES:
+        for launch in launches(case, architecture):
+            if launch.compiled.hash not in seen:
+                seen.add(launch.compiled.hash)
+                yield {
+                    "case": case.name,
+                    "kernel": launch.kernel,
+                    "constants": {name: repr(value) for name, value in launch.constants.items()},
+                    "described": _described(launch),
+                    "appended": _appended(launch),
+                    **compile_only.resources(launch)._asdict(),
+                }
+
+
+def _appended(launch: compile_only.Launch) -> list[Any] | None:
+    """[rows, columns, layout] of the scores that PTX appends, None where it appends none."""
+    code = launch.compiled.asm["ttgir"]
+    found = re.search(r'elementwise_inline_asm "[^"]*setp\.geu.*?: tensor<(\d+)x(\d+)xf32, (#\w+)>', code, re.S)
+    if found is None:
+        return None
+    return [int(found[1]), int(found[2]), re.search(rf"^{found[3]} = (.*)$", code, re.M)[1]]
+
+
+def report(architecture: int) -> dict[str, Any]:
+    """What `kernels` finds, in a process of its own, by the Triton that compiles for this architecture."""
+    environment = dict(os.environ)
+    if architecture >= 100:
+        folder = environment.get("URM_TRITON_BLACKWELL")
+        if not folder or not Path(folder).is_dir():
+            raise FileNotFoundError(
+                "URM_TRITON_BLACKWELL: the folder of a Triton >= 3.8 is wanted; make test sets it up"
+            )
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, environment.get("PYTHONPATH")]))
+    command = [sys.executable, __file__, "--json", str(architecture)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"sm_{architecture}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout)
+
+
+def _described(launch: compile_only.Launch) -> str:
+    constants = launch.constants
+    if launch.kernel == "scan":
+        what = "sample" if constants["GATHERED"] else "table"
+        swap = ", swapped" if constants["SWAP"] else ""
+        size = f"{constants['BLOCK_N']} x {constants['BLOCK_C']} x {constants['BLOCK_R']}"
+        return f"scan of the {what}, {size}, {constants['num_warps']} warps{swap}"
+    return launch.kernel
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=int, help=argparse.SUPPRESS)
+    architecture = parser.parse_args().json
+    if architecture:
+        print(json.dumps({"triton": triton.__version__, "kernels": list(kernels(architecture))}))
+        return
+    lines = [
+        "# What the compiler makes of the kernels",
+        "",
+        "Written by `make kernel-report`; no GPU is needed. The launches are those of the real pipeline on tensors",
+        "without memory (`bench/compile_only.py`), so this is what runs. Registers are a thread's; shared memory, in",
+        "bytes, a program's. `HMMA`, `HGMMA` and `UTCHMMA` are matrix products on the tensor cores of the three",
+        "architectures, `LDGSTS` copies to shared memory that skip the registers, `ATOMG` atomics; counts are of",
+        "instructions in the code, not of executions. Tests hold spills at zero",
+        "(`python_tests/test_compiled_kernels.py`). float8 tables are not supported yet; they will need sm_89.",
+    ]
+    for architecture in ARCHITECTURES:
+        found = report(architecture)
+        lines += ["", f"## sm_{architecture} (triton {found['triton']})", ""]
+        lines += ["| kernel | first used by | registers | shared | spills | instructions |"]
+        lines += ["| --- | --- | --- | --- | --- | --- |"]
+        for each in found["kernels"]:
+            told = ", ".join(f"{name} {count}" for name, count in each["instructions"].items())
+            figures = f"{each['registers']} | {each['shared']} | {each['spills']}"
+            lines.append(f"| {each['described']} | {each['case']} | {figures} | {told} |")
+    _PATH.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The Triton kernels as the compiler leaves them, for three architectures: no spills, tensor cores, shared memory."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+import compile_only
+import kernel_report
+
+
+@pytest.fixture(scope="module", params=kernel_report.ARCHITECTURES, ids=lambda number: f"sm_{number}")
+def compiled(request):
+    """(architecture, [(case, launch, resources)])."""
+    return request.param, list(kernel_report.kernels(request.param))
+
+
+def test_no_kernel_spills_or_wants_more_shared_memory_than_there_is(compiled):
+    architecture, kernels = compiled
+    spilling = [(case, launch.kernel, found) for case, launch, found in kernels if found.spills]
+    assert not spilling
+    most = kernel_report.SHARED_LIMIT[architecture]
+    assert not [(case, launch.kernel, found.shared) for case, launch, found in kernels if found.shared > most]
+
+
+def test_the_scan_runs_on_the_tensor_cores(compiled):
+    architecture, kernels = compiled
+    scans = [found for _, launch, found in kernels if launch.kernel == "scan"]
+    assert len(scans) >= 20
+    for found in scans:
+        assert any(name in found.instructions for name in kernel_report.MATRIX_UNIT[architecture]), found
+
+
+def test_a_score_that_is_appended_in_ptx_is_one_threads_alone(compiled):
+    # A layout that gives copies of a score to several threads would append its row several times.
+    _, kernels = compiled
+    sparse = 0
+    for case, launch, _ in kernels:
+        code = launch.compiled.asm["ttgir"]
+        if launch.kernel == "scan" and "setp.geu" in code:
+            sparse += 1
+            layout = re.search(
+                r'elementwise_inline_asm "[^"]*setp\.geu.*?: tensor<(\d+)x(\d+)xf32, (#\w+)>', code, re.S
+            )
+            rows, columns, name = int(layout[1]), int(layout[2]), layout[3]
+            definition = re.search(rf"^{name} = (.*)$", code, re.M)[1]
+            held = rows * columns // (32 * launch.constants["num_warps"])
+            assert _elements_a_thread(definition, rows, columns) == held, (case, definition)
+    assert sparse >= 3
+
+
+def _elements_a_thread(layout, rows, columns):
+    """How many elements of a tensor a thread holds, copies counted."""
+    if "linear" in layout:
+        bases = re.findall(r"(register|lane|warp|block) = \[((?:\[[\d, ]+\](?:, )?)*)\]", layout)
+        counts = {kind: len(re.findall(r"\[", text)) for kind, text in bases}
+        moved = {
+            kind: len([b for b in re.findall(r"\[([\d, ]+)\]", text) if set(b) - set("0, ")]) for kind, text in bases
+        }
+        assert counts["lane"] == moved["lane"] and counts["warp"] == moved["warp"], "threads hold copies"
+        return 2 ** counts["register"]
+    found = {key: [int(n) for n in value.split(",")] for key, value in re.findall(r"(\w+) = \[([\d, ]+)\]", layout)}
+    if "instrShape" in found:
+        down, across = (w * i for w, i in zip(found["warpsPerCTA"], found["instrShape"], strict=False))
+    else:
+        parts = (found["sizePerThread"], found["threadsPerWarp"], found["warpsPerCTA"])
+        down, across = (a * b * c for a, b, c in zip(*parts, strict=True))
+    warps = found["warpsPerCTA"][0] * found["warpsPerCTA"][1]
+    return -(-rows // down) * -(-columns // across) * down * across // (32 * warps)
+
+
+def test_launches_fit_the_grid_at_a_hundred_million_rows_and_many_users():
+    case = kernel_report.Case(kernel_report.BFLOAT16, 128, 70_000, 1, rows=10**8)
+    found = kernel_report.launches(case, 90)
+    assert len(found) > 60 * 7  # groups of users
+    for launch in found:
+        x, y, *_ = (*launch.grid, 1)
+        assert 1 <= x < 2**31 and 1 <= y < 2**16, launch.kernel
+
+
+def test_the_report_names_every_kernel():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "kernels.md").read_text()
+    names = {launch.kernel for launch in kernel_report.launches(kernel_report.CASES[0], 90)} - {"scan"}
+    assert all(f"| {name} |" in text for name in names)
+    assert all(f"## sm_{number}" in text for number in kernel_report.ARCHITECTURES)
+
+
+def test_recording_leaves_triton_as_it_was():
+    from triton.runtime.jit import JITFunction
+
+    before = JITFunction.run
+    with pytest.raises(RuntimeError, match="on purpose"), compile_only.recorded(90):
+        raise RuntimeError("on purpose")
+    assert JITFunction.run is before

@@ -1,0 +1,51 @@
+"""What triton_interpreter.py mends, and that it needs mending: without it, these results are wrong.
+
+Runs where TRITON_INTERPRET=1 is set.
+"""
+
+import os
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is off")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton
+    import triton.language as tl
+    import triton_interpreter
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    @triton.jit
+    def multiply_add(x, y, z, out):
+        at = tl.arange(0, 4)
+        tl.store(out + at, tl.fma(tl.load(x + at), tl.load(y + at), tl.load(z + at)))
+
+    @triton.jit
+    def product(a, b, out):
+        at = tl.arange(0, 16)
+        square = at[:, None] * 16 + at[None, :]
+        tl.store(out + square, tl.dot(tl.load(a + square), tl.load(b + square)))
+
+
+@pytest.fixture(params=[True, False], ids=["mended", "as it comes"])
+def mended(request, monkeypatch):
+    if not request.param:
+        for name, function in triton_interpreter.unmended.items():
+            monkeypatch.setattr(InterpreterBuilder, name, function)
+    return request.param
+
+
+def test_fma_rounds_once(mended):
+    x = torch.full((4,), 1 + 2**-12)
+    z = torch.full((4,), -1 - 2**-11)
+    out = torch.empty(4)
+    multiply_add[(1,)](x, x, z, out)
+    assert (out == (2**-24 if mended else 0.0)).all()
+
+
+def test_bfloat16_products(mended):
+    a, b = torch.randn(16, 16).bfloat16(), torch.randn(16, 16).bfloat16()
+    out = torch.empty(16, 16)
+    product[(1,)](a, b, out)
+    assert torch.allclose(out, a.float() @ b.float(), atol=1e-4) == mended

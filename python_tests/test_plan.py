@@ -1,0 +1,71 @@
+"""Sizes of a GPU search: what is guessed holds, launches fit the grid, workspaces stay small, at any N, B and k."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from urm_kernels.backends.triton import plan
+
+SIZES = list(itertools.product((1, 8, 64, 1024, 70_000), (8193, 10**6, 10**7, 10**8, 2**32 - 1), (1, 10, 1000, 10_000)))
+
+
+@pytest.mark.parametrize(("users", "rows", "wanted"), SIZES)
+def test_the_sample_covers_the_table_and_the_rank_is_in_it(users, rows, wanted):
+    made = plan.make_plan(users, rows, wanted)
+    assert 1 <= made.group <= min(users, plan.GROUP)
+    if made.dense:
+        assert rows <= max(plan.DENSE_ROWS, 4 * wanted) and made.capacity == rows
+        return
+    assert (made.sample - 1) * made.step < rows <= made.sample * made.step
+    assert 1 <= made.rank <= made.sample // made.gathered and made.gathered in (1, 2, 4, 8, 16, 32, 64)
+    assert wanted < made.capacity <= rows
+
+
+@pytest.mark.parametrize(("users", "rows", "wanted"), SIZES)
+def test_a_threshold_lets_enough_through_and_not_too_much(users, rows, wanted):
+    made = plan.make_plan(users, rows, wanted)
+    if made.dense:
+        return
+    share = wanted * made.sample / rows
+    # Fewer than `wanted` pass where more than rank - 1 of them were sampled: four standard deviations away.
+    assert made.rank - 1 >= share + 4 * math.sqrt(share)
+    expected = made.rank * rows / made.sample
+    assert expected <= 64 * wanted + rows / 64 and made.capacity >= min(rows, 2 * expected + 4096)
+
+
+def test_workspaces_at_a_hundred_million_rows():
+    rows, r = 10**8, 128
+    table = 2 * rows * r
+    for users, wanted in ((1, 1000), (1024, 10), (1024, 1000), (70_000, 1000)):
+        made = plan.make_plan(users, rows, wanted)
+        maxima = 4 * made.group * -(-made.sample // made.gathered)
+        assert maxima < 0.01 * table
+        assert 8 * made.group * made.capacity < 0.01 * table + 80 * made.group * wanted
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("r_pad", [16, 64, 128, 256, 512, 2048])
+@pytest.mark.parametrize(
+    ("users", "m_pad"), [(1, 1), (1, 8), (1, 128), (1, 1024), (8, 16), (64, 1), (1024, 1), (500, 4)]
+)
+def test_tiles_suit_the_tensor_core(users, m_pad, r_pad, itemsize):
+    tile = plan.choose_tile(users * m_pad, m_pad, r_pad, itemsize)
+    sizes = (tile.block_n, tile.block_c, tile.block_r)
+    assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+    assert tile.block_r * itemsize <= 512 and r_pad % tile.block_r == 0
+    assert tile.block_c <= 128 and (users * m_pad <= tile.block_c or tile.block_c >= 64)
+    assert not tile.swap or m_pad == 1  # a maximum over queries would be one across threads
+
+
+def test_padding():
+    assert [plan.padded(n) for n in (0, 1, 2, 3, 128, 129)] == [1, 1, 2, 4, 128, 256]
+    assert plan.padded(3, 16) == 16
+
+
+@pytest.mark.parametrize("r", [1, 128, 4096])
+def test_the_stated_error_covers_a_rounding_of_every_step(r):
+    # One unit in the last place for each of r additions, in any order, and of the canonical dot's r / 16 + 4.
+    assert plan.relative_error(torch.bfloat16, r) >= (r + r / 16 + 4) * 2**-24
+    assert plan.relative_error(torch.float32, r) >= 2**-10

@@ -1,0 +1,186 @@
+"""The Triton backend against the reference, bit for bit: on a CUDA device, or (few, slow) in Triton's interpreter.
+
+Most tables here are just large enough to be scanned behind a guessed threshold instead of scored row by row.
+"""
+
+import os
+
+import pytest
+import torch
+from support import INF, NAN, assert_same_bits, by_reference, ids_of, packed
+
+from urm_kernels import score_topk
+from urm_kernels.backends import select
+from urm_kernels.testing import make_items, make_queries
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="neither a CUDA device nor Triton's interpreter (TRITON_INTERPRET=1)",
+)
+
+ROWS = 8300  # above plan.DENSE_ROWS
+
+
+def data(device, kind="decay", users=2, count=3, rows=ROWS, r=16, dtype=torch.float32):
+    items = make_items(kind, rows, r, 1)
+    return make_queries(kind, users, count, r, 1, items).to(device), items.to(device, dtype)
+
+
+def assert_equals_reference(queries, items, k, **options):
+    result = score_topk(queries, items, k, backend="triton", **options)
+    there = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    assert_same_bits(result, by_reference(queries.cpu(), items.cpu(), k, **there))
+    return result
+
+
+# Every value of every column beside every value of the others, as far as so few rows go.
+@pytest.mark.parametrize(
+    ("dtype", "reduce", "users", "count", "r", "mask", "bias", "exclude"),
+    [
+        (torch.float32, "max", 1, 1, 16, None, False, False),
+        (torch.bfloat16, "max", 1, 8, 32, "shared", True, False),
+        (torch.float16, "max", 2, 3, 19, "own", False, True),
+        (torch.float32, "logsumexp", 2, 3, 16, "own bits", True, True),
+        (torch.bfloat16, "logsumexp", 1, 20, 8, None, False, True),
+        (torch.float16, "logsumexp", 1, 2, 16, "shared bits", False, False),
+        (torch.float32, "sum", 3, 5, 20, "shared bits", False, True),
+        (torch.bfloat16, "mean", 3, 2, 16, None, True, False),
+        (torch.float16, "sum", 1, 1, 1, "own", True, False),
+        (torch.float32, "mean", 2, 9, 33, "shared", False, False),
+        (torch.bfloat16, "max", 17, 1, 16, None, True, True),
+        (torch.float32, "max", 18, 7, 16, "shared", False, False),
+    ],
+)
+def test_options_beside_each_other(device, dtype, reduce, users, count, r, mask, bias, exclude):
+    queries, items = data(device, users=users, count=count, r=r, dtype=dtype)
+    options = {"reduce": reduce}
+    if mask:
+        allowed = torch.rand((users, ROWS) if "own" in mask else (ROWS,)) < 0.5
+        options["mask"] = (packed(allowed) if "bits" in mask else allowed).to(device)
+    if bias:
+        options["bias"] = torch.randn(ROWS, device=device)
+    if exclude:
+        seen = by_reference(queries.cpu(), items.cpu(), 12, reduce=reduce).ids
+        seen[:, 3] = -1
+        options["exclude"] = seen.to(device)
+    assert_equals_reference(queries, items, 10, **options)
+
+
+def test_a_user_of_more_queries_than_a_block_of_columns(device):
+    assert_equals_reference(*data(device, users=1, count=150), 5)
+
+
+def test_more_columns_than_a_block(device):
+    assert_equals_reference(*data(device, users=129, count=1, r=8), 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_wider_than_a_block(device, dtype):
+    assert_equals_reference(*data(device, users=1, count=2, r=300, dtype=dtype), 5)
+
+
+def test_queries_that_do_not_exist(device):
+    queries, items = data(device, users=4, count=3)
+    exists = torch.tensor([[True, False, True], [False, True, False], [False, False, False], [True, True, True]])
+    queries[0, 1], queries[2] = INF, NAN
+    result = assert_equals_reference(queries, items, 6, query_mask=exists.to(device))
+    assert ids_of(result)[2] == [-1] * 6
+
+
+@pytest.mark.parametrize("layout", ["transposed", "every third row", "every second column"])
+def test_strided_tables(device, layout):
+    queries, items = data(device, r=12)
+    strided = {
+        "transposed": lambda x: x.T.contiguous().T,
+        "every third row": lambda x: x.repeat_interleave(3, 0)[::3],
+        "every second column": lambda x: torch.stack([x, -x], -1)[..., 0],
+    }[layout](items)
+    assert strided.stride() != items.stride()
+    assert_equals_reference(queries, strided, 10)
+
+
+@pytest.mark.parametrize("kind", ["sorted", "reversed", "norms", "giant", "integer", "duplicates"])
+def test_hard_catalogues(device, kind):
+    assert_equals_reference(*data(device, kind, dtype=torch.bfloat16 if kind == "norms" else torch.float32), 20)
+
+
+def test_extremes_are_never_pruned(device):
+    queries, items = data(device)
+    items[5], items[7, 0], items[8, 0] = NAN, INF, -INF
+    items[9, :2] = torch.tensor([3e38, -3e38])
+    items[10] = 1e-40
+    assert_equals_reference(queries, items, 20)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-44, 3e37])
+def test_queries_of_any_size(device, size):
+    queries, items = data(device, users=1, count=1, r=8)
+    assert_equals_reference(queries * size, items, 5)
+
+
+def test_zero_queries_and_denormal_rows(device):
+    queries, items = data(device, users=2, count=1, r=8)
+    queries[0] = 0
+    assert_equals_reference(queries, items * 1e-38, 5)
+
+
+def test_what_overflows_the_list_of_survivors_is_selected_all_the_same(device):
+    # Every row ties with every other: nothing can be pruned, and the lowest rows win.
+    queries, items = torch.ones(2, 1, 4, device=device), torch.ones(ROWS, 4, device=device)
+    queries[1] = -1
+    result = score_topk(queries, items, 7, backend="triton")
+    assert ids_of(result) == [list(range(7))] * 2 and result.scores.tolist() == [[4.0] * 7, [-4.0] * 7]
+
+
+def test_a_guess_that_is_too_high_is_found_out(device):
+    # The sample sees only the rows that score high: every other row would be missing.
+    rows, k = ROWS, 40
+    items = torch.zeros(rows, 4)
+    step = make_step(rows, k)
+    items[::step, 0] = 5.0
+    items[1::step, 0] = 4.0
+    allowed = torch.zeros(rows, dtype=torch.bool)
+    allowed[: 20 * step : step] = True
+    allowed[1 : 30 * step : step] = True
+    queries = torch.ones(1, 1, 4)
+    assert_equals_reference(queries.to(device), items.to(device), k, mask=allowed.to(device))
+
+
+def make_step(rows, k):
+    from urm_kernels.backends.triton.plan import make_plan
+
+    plan = make_plan(1, rows, k)
+    assert not plan.dense and plan.step > 1
+    return plan.step
+
+
+def test_fewer_allowed_than_wanted(device):
+    queries, items = data(device)
+    allowed = torch.zeros(ROWS, dtype=torch.bool, device=device)
+    allowed[::1500] = True
+    result = assert_equals_reference(queries, items, 10, mask=allowed)
+    assert (result.ids >= 0).sum(1).tolist() == [6, 6]
+
+
+@pytest.mark.parametrize("reduce", ["max", "logsumexp"])
+def test_small_tables_are_scored_row_by_row(device, reduce):
+    queries, items = data(device, rows=300, r=19)
+    assert_equals_reference(queries, items, 310, reduce=reduce, bias=torch.randn(300, device=device))
+
+
+def test_gradients(device):
+    queries, items = data(device, rows=100, r=6)
+    grads = []
+    for backend in ("triton", "reference"):
+        given = queries.clone().requires_grad_(), items.clone().requires_grad_()
+        score_topk(*given, 5, reduce="logsumexp", backend=backend).scores.sum().backward()
+        grads.append([tensor.grad for tensor in given])
+    for ours, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
+def test_it_is_chosen_for_cuda_tensors_and_only_for_them(device):
+    queries, items = data(device, rows=10)
+    chosen = select.choose(queries, items, None, "").__name__.rpartition(".")[2]
+    assert chosen == ("triton" if device.type == "cuda" else "cpu")
+    assert select.choose(queries.double(), items, None, "").__name__.endswith("reference")
