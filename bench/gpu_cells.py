@@ -133,7 +133,7 @@ def ceilings() -> dict[str, float]:
     a = torch.randn(_PRODUCT, _PRODUCT, device="cuda")
     for name, operand, product in (
         ("bf16_tflop_per_s", a.bfloat16(), torch.mm),
-        ("int8_top_per_s", (a * 40).clamp(-127, 127).to(torch.int8), torch._int_mm),
+        ("int8_top_per_s", (a * 40).clamp(-127, 127).to(torch.int8), lambda x, y: torch._int_mm(x, y.T)),
     ):
         out[name] = 2 * _PRODUCT**3 / milliseconds(lambda _, p=product, x=operand: p(x, x)) / 1e9
     return {name: round(value, 1) for name, value in out.items()}

@@ -57,6 +57,7 @@ CASES = [
     Case(BFLOAT16, 128, 500, 4),
     Case(BFLOAT16, 256, 8, 8),
     Case(BFLOAT16, 300, 1, 8),
+    Case(BFLOAT16, 300, 64, 1),
     Case(FLOAT16, 128, 1, 8),
     Case(FLOAT16, 128, 64, 1),
     Case(FLOAT32, 128, 1, 8),

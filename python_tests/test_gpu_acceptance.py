@@ -1,19 +1,26 @@
-"""The GPU acceptance command without a GPU: steps that fail or hang, what is written, each step run on a sham card."""
+"""The GPU acceptance command without a GPU: steps that fail or hang, what is written, how a result is checked."""
 
 import importlib.util
 import json
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
 import torch
 
+from urm_kernels import score_topk
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+import gpu_cells
+
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "gpu_acceptance.py"
 CARD = {"status": "ok", "seconds": 1.0, "name": "Sham 100", "capability": "9.0", "memory_gib": 80.0, "torch": "2"}
-FIGURES = {"ms": 2.0, "torch_fp32_ms": 3.0, "torch_same_dtype_ms": 1.0, "gb_per_s": 5.0, "backend": "reference"}
+FIGURES = {
+    "status": "ok", "ms": 2.0, "graph_ms": 1.5, "floor_ms": 1.0, "of_floor": 0.7, "extra_share": 0.001,
+    "unproven_users": 0, "peers_ms": {"torch": 3.0, "half_fused": 2.5},
+}  # fmt: skip
 
 
 def failed(words):
@@ -36,12 +43,9 @@ def report(tmp_path):
     return json.loads(path.read_text())
 
 
-def figures_of(step):
-    """What a step would print: the card, or one good figure."""
-    name, _, index = step.partition(":")
-    return (
-        dict(CARD) if name == "device" else {"status": "ok", "seconds": 0.5, **(FIGURES if index else {"bf16": 700.0})}
-    )
+def measured(cells, limit, environment):
+    """What the latency step would bring back."""
+    return [{"cell": cell.name, **cell._asdict(), **FIGURES} for cell in cells]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -55,58 +59,99 @@ def test_without_a_device_it_says_so_and_exits_0():
     [(failed("ImportError: no torch"), "ImportError: no torch"), ({**CARD, "name": None}, "torch sees no CUDA device")],
 )
 def test_a_torch_that_sees_no_card_is_a_failure_only_beside_one(acceptance, monkeypatch, capsys, probe, reason):
-    monkeypatch.setattr(acceptance, "_measure", lambda *arguments: probe)
+    monkeypatch.setattr(acceptance, "_device", lambda *arguments: probe)
     for nodes, status, found in (([], 0, "no GPU to accept:"), (["/dev/nvidia0"], 1, "a GPU is there, but")):
         monkeypatch.setattr(Path, "glob", lambda self, pattern, nodes=nodes: iter(nodes))
         assert (acceptance.main(), capsys.readouterr().out) == (status, f"{found} {reason}\n")
 
 
-def test_everything_is_run_written_and_shown(acceptance, monkeypatch, tmp_path, capsys):
-    limits = {}
+@pytest.fixture
+def sham(acceptance, monkeypatch):
+    """A card on which every step goes well; what was asked for."""
+    asked = {"limits": []}
 
-    def measure(step, limit, environment):
-        limits[step] = limit
-        return figures_of(step)
+    def latency(cells, limit, environment):
+        asked["limits"].append(limit)
+        return measured(cells, limit, environment)
 
-    def tests(limit, environment):
-        limits["tests"] = limit
-        return {"status": "ok", "seconds": 60.0, "output": "", "counts": {"passed": 700}}
+    monkeypatch.setattr(acceptance, "_device", lambda *arguments: dict(CARD))
+    monkeypatch.setattr(acceptance, "_latency", latency)
+    good = {"status": "ok", "seconds": 60.0, "output": "", "counts": {"passed": 700}}
+    monkeypatch.setattr(acceptance, "_tests", lambda *arguments: dict(good))
+    monkeypatch.setattr(acceptance, "_sanitizer", lambda *arguments: {**good, "errors": 0})
+    return asked
 
-    monkeypatch.setattr(acceptance, "_measure", measure)
-    monkeypatch.setattr(acceptance, "_tests", tests)
+
+def test_everything_is_run_written_and_shown(acceptance, sham, tmp_path, capsys):
     assert acceptance.main() == 0
     written = report(tmp_path)
-    assert len(acceptance.CELLS) == len(written["latency"]) == 10
-    assert set(limits) == {"device", "ceilings", "tests", *(f"latency:{cell}" for cell in range(10))}
-    assert all(5 <= limit <= 20 * 60 for limit in limits.values())
-    assert written["tests"]["counts"] == {"passed": 700} and written["ceilings"]["bf16"] == 700.0
+    names = [cell.name for cell in gpu_cells.named_cells()]
+    assert [line["cell"] for line in written["latency"]] == names and 36 <= len(names) <= 48
+    assert len(sham["limits"]) == len(gpu_cells.tables(gpu_cells.named_cells()))
+    assert all(5 <= limit <= 20 * 60 for limit in sham["limits"])
+    assert written["tests"]["counts"] == {"passed": 700} and written["sanitizer"]["errors"] == 0
     out = capsys.readouterr().out
-    assert out.startswith("Sham 100") and all(cell.name in out for cell in acceptance.CELLS)
+    assert out.startswith("Sham 100") and all(name in out for name in names)
 
 
-def test_steps_that_fail_cost_their_own_figures_only(acceptance, monkeypatch, tmp_path, capsys):
-    def measure(step, limit, environment):
-        return failed(f"{step} broke") if step in ("ceilings", "latency:3") else figures_of(step)
+def test_steps_that_fail_cost_their_own_figures_only(acceptance, sham, monkeypatch, tmp_path, capsys):
+    def latency(cells, limit, environment):
+        lines = measured(cells, limit, environment)
+        return [
+            {**line, "status": "failed: AssertionError: wrong"} if "k=4096" in line["cell"] else line for line in lines
+        ]
 
-    monkeypatch.setattr(acceptance, "_measure", measure)
+    monkeypatch.setattr(acceptance, "_latency", latency)
     monkeypatch.setattr(acceptance, "_tests", lambda *arguments: failed("2 failed, 5 passed"))
     assert acceptance.main() == 1
-    written = report(tmp_path)
-    assert written["ceilings"]["output"].endswith("ceilings broke\n")
-    assert [cell["status"] == "ok" for cell in written["latency"]] == [place != 3 for place in range(10)]
-    assert "failed (1): latency:3 broke" in capsys.readouterr().out
+    lines = report(tmp_path)["latency"]
+    assert all((line["status"] == "ok") == (line["k"] != 4096) for line in lines)
+    assert "failed: AssertionError: wrong" in capsys.readouterr().out
 
 
-def test_what_was_measured_is_written_before_the_next_step_runs(acceptance, monkeypatch, tmp_path):
-    def measure(step, limit, environment):
-        if step == "latency:2":
+def test_a_host_without_the_sanitizer_is_no_failure(acceptance, sham, monkeypatch, tmp_path):
+    missing = {"status": "not available: no compute-sanitizer on the PATH", "seconds": 0.0, "output": ""}
+    monkeypatch.setattr(acceptance, "_sanitizer", lambda *arguments: missing)
+    assert acceptance.main() == 0 and report(tmp_path)["sanitizer"] == missing
+
+
+def test_what_was_measured_is_written_before_the_next_step_runs_and_is_kept_on_request(
+    acceptance, sham, monkeypatch, tmp_path
+):
+    first, second, *_ = gpu_cells.tables(gpu_cells.named_cells())
+
+    def latency(cells, limit, environment):
+        if (cells[0].N, cells[0].r) == second:
             raise KeyboardInterrupt
-        return figures_of(step)
+        return measured(cells, limit, environment)
 
-    monkeypatch.setattr(acceptance, "_measure", measure)
+    monkeypatch.setattr(acceptance, "_latency", latency)
     with pytest.raises(KeyboardInterrupt):
         acceptance.main()
-    assert len(report(tmp_path)["latency"]) == 2
+    kept = report(tmp_path)["latency"]
+    assert kept and all((line["N"], line["r"]) == first for line in kept)
+    asked = []
+    monkeypatch.setattr(acceptance, "_latency", lambda cells, *rest: asked.extend(cells) or measured(cells, *rest))
+    monkeypatch.setattr(sys, "argv", ["gpu_acceptance.py", "--resume", "--only", "latency"])
+    assert acceptance.main() == 0 and first not in gpu_cells.tables(asked)
+    assert len(report(tmp_path)["latency"]) == len(gpu_cells.named_cells())
+
+
+def test_only_the_cells_asked_for(acceptance, sham, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["gpu_acceptance.py", "--cells", "N=1e6 .*k=10$", "--only", "latency"])
+    assert acceptance.main() == 0
+    assert {(line["N"], line["k"]) for line in report(tmp_path)["latency"]} == {(10**6, 10)}
+
+
+def test_a_latency_step_that_ends_early_keeps_what_it_printed(acceptance, monkeypatch):
+    cells = gpu_cells.named_cells()[:3]
+    line = json.dumps({"cell": cells[0].name, **FIGURES})
+    for status, words in (("timed out after 9 s", "timed out"), ("failed (-6)", "failed (-6): about to die")):
+        done = {"status": status, "seconds": 9.0, "output": f"{line}\nabout to die\n"}
+        monkeypatch.setattr(acceptance, "_step", lambda *arguments, done=done: done)
+        found = acceptance._latency(cells, 9.0, {})
+        assert [one["status"].startswith("not measured: " + words) for one in found] == [False, True, True]
+        assert found[0]["ms"] == 2.0
 
 
 def test_a_step_that_hangs_is_ended_with_all_that_it_started(acceptance):
@@ -140,47 +185,40 @@ def test_the_tests_run_on_the_device_and_are_counted(acceptance, monkeypatch):
     assert seen["URM_TEST_DEVICE"] == "cuda" and "python_tests" in seen["command"]
 
 
-@pytest.fixture
-def sham_card(monkeypatch):
-    """The CPU under torch.cuda's names, as far as the steps use them."""
-    properties = types.SimpleNamespace(
-        name="Sham 100", major=9, minor=0, total_memory=80 << 30, multi_processor_count=1
-    )
-    for name, value in {
-        "is_available": lambda: True,
-        "get_device_properties": lambda index: properties,
-        "synchronize": lambda: None,
-        "mem_get_info": lambda: (32 << 20, 80 << 30),
-        "memory_allocated": lambda: 0,
-        "max_memory_allocated": lambda: 3 << 20,
-        "reset_peak_memory_stats": lambda: None,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
-    for name in ("ones", "randn"):
-        made = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *size, made=made, device=None, **given: made(*size, **given))
+def test_a_wrong_result_is_found_before_it_is_timed():
+    items = gpu_cells.decay(5000, 16, 0, 0.4, torch.bfloat16, "cpu")
+    queries = gpu_cells.decay(6, 16, 1, 0.0, torch.float32, "cpu").view(2, 3, 16)
+    scores, ids = score_topk(queries, items, 11)
+    gpu_cells.check(queries, items, 10, scores[:, :10], ids[:, :10])
+    twice = torch.cat([ids[:, :9], ids[:, :1]], 1)
+    for wrong, words in (
+        ((scores[:, :10], ids[:, :10].flip(1)), "not their rows'"),
+        ((scores[:, :10], twice), "returned twice"),
+        ((scores[:, 1:], ids[:, 1:]), "better rows are missing"),
+        ((scores[:, :10].flip(1), ids[:, :10].flip(1)), "do not descend"),
+        ((scores[:, :10], ids[:, :10] - 1), "not their rows'"),
+        ((scores[:, :10], ids[:, :10].clone().fill_(5000)), "do not exist"),
+    ):
+        with pytest.raises(AssertionError, match=words):
+            gpu_cells.check(queries, items, 10, *wrong)
 
 
-def test_the_steps_measure_what_the_table_shows(acceptance, sham_card, monkeypatch):
-    monkeypatch.setattr(acceptance, "_PRODUCT", 64)
-    monkeypatch.setattr(acceptance, "CELLS", [cell._replace(N=2000, B=min(cell.B, 2)) for cell in acceptance.CELLS])
-    assert {"name", "capability", "memory_gib", "torch"} <= set(acceptance.step_device())
-    ceilings = acceptance.step_ceilings()
-    assert set(ceilings) == {"copy_gb_per_s", "bf16_tflop_per_s", "fp32_tflop_per_s"} and ceilings["copy_gb_per_s"] > 0
-    for place in range(10):
-        done = acceptance.step_latency(place)
-        assert set(FIGURES) <= set(done) and done["ms"] > 0 and done["extra_mib"] == 3.0
+def test_the_torch_line_finds_nearly_the_same():
+    items = gpu_cells.decay(5000, 16, 0, 0.4, torch.bfloat16, "cpu")
+    queries = gpu_cells.decay(6, 16, 1, 0.0, torch.float32, "cpu").view(2, 3, 16)
+    wanted = score_topk(queries, items, 10)
+    for held in (1 << 31, 2 * 6 * 700):
+        gpu_cells._HELD, before = held, gpu_cells._HELD
+        try:
+            found = gpu_cells.by_torch(queries, items, 10)
+        finally:
+            gpu_cells._HELD = before
+        assert torch.allclose(found[0].float(), wanted.scores, rtol=0.02)
+        shared = [len(set(a) & set(b)) for a, b in zip(found[1].tolist(), wanted.ids.tolist(), strict=True)]
+        assert min(shared) >= 8
 
 
-def test_a_wrong_result_is_no_figure(acceptance, sham_card, monkeypatch):
-    import urm_kernels
-
-    def wrong(queries, items, k):
-        scores, ids = honest(queries, items, k)
-        return scores, ids.flip(1)
-
-    honest = urm_kernels.score_topk
-    monkeypatch.setattr(urm_kernels, "score_topk", wrong)
-    with pytest.raises(AssertionError, match="user 0"):
-        acceptance.step_latency(9)
+def test_cells_have_names_of_their_own_and_the_product_holds_every_size():
+    for cells in (gpu_cells.named_cells(), gpu_cells.all_cells()):
+        assert len({cell.name for cell in cells}) == len(cells)
+    assert len(gpu_cells.all_cells()) == 108

@@ -45,13 +45,14 @@ def test_workspaces_at_a_hundred_million_rows():
         assert 8 * made.group * made.capacity < 0.01 * table + 80 * made.group * wanted
 
 
+@pytest.mark.parametrize("capability", [0, 80, 90, 100])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("r_pad", [16, 64, 128, 256, 512, 2048])
 @pytest.mark.parametrize(
     ("users", "m_pad"), [(1, 1), (1, 8), (1, 128), (1, 1024), (8, 16), (64, 1), (1024, 1), (500, 4)]
 )
-def test_tiles_suit_the_tensor_core(users, m_pad, r_pad, itemsize):
-    tile = plan.choose_tile(users * m_pad, m_pad, r_pad, itemsize)
+def test_tiles_suit_the_tensor_core(users, m_pad, r_pad, itemsize, capability):
+    tile = plan.choose_tile(users * m_pad, m_pad, r_pad, itemsize, capability)
     sizes = (tile.block_n, tile.block_c, tile.block_r)
     assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
     assert tile.block_r * itemsize <= 512 and r_pad % tile.block_r == 0

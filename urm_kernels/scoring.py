@@ -45,7 +45,8 @@ def score_topk(
         torch.topk((queries @ items.T).amax(1) + bias, k)            # queries [B, M, r]
 
     without storing the [B, M, N] dots: memory beyond the result is O(B k) and a few tiles a thread. On the CPU backend
-    each row is read once for all queries of a group of users (up to 512 queries). Scores are canonical dots
+    each row is read once for all queries of a group of users (up to 512 queries), on a GPU for up to 1024 users, and no
+    call waits for the device. Scores are canonical dots
     (CONTRACT.md): the same bits on every backend, instruction set, thread count and batch.
 
     Args:
@@ -61,10 +62,11 @@ def score_topk(
         bias: [N], added after the reduction. A table brings its own.
         mask: items that may be returned: bool [N] or [B, N], or a bitset uint8 [ceil(N / 8)] or [B, ceil(N / 8)],
             lowest bit first.
-        exclude: int64 [B, E] rows that user b must not get; -1 pads.
+        exclude: int64 [B, E] rows that user b must not get; -1 pads. Rows that do not exist raise on the CPU; on other
+            devices they exclude nothing, since looking would be waiting.
         sorted: False leaves the order within the k open.
         sparse_grad: the gradient of ``items`` is a coalesced COO tensor that holds the rows returned only.
-        backend: "cpu" or "reference"; None lets the library choose (environment URM_BACKEND overrides).
+        backend: "cpu", "triton" or "reference"; None lets the library choose (environment URM_BACKEND overrides).
 
     Returns:
         :class:`TopK`. ``scores`` carries gradients to queries, projection, items and bias; under "max" to the winning
@@ -72,7 +74,7 @@ def score_topk(
 
     Raises:
         TypeError, ValueError: with the argument's name, what came and what was wanted.
-        MemoryError: the result does not fit.
+        MemoryError, torch.OutOfMemoryError: the result does not fit, on the CPU and on a GPU.
     """
     if isinstance(items, ItemTable):
         if items.bias is not None and bias is not None:

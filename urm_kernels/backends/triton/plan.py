@@ -55,6 +55,10 @@ class Tile(NamedTuple):
     per_sm: int
     swap: bool = False
 
+    def owns_scores(self, card: Card) -> bool:
+        """Whether every score of a tile is one thread's alone. Ampere's warps lie one below the other, 16 rows each."""
+        return not card.interpreted and (card.capability >= 90 or self.block_n >= 16 * self.warps)
+
 
 def make_plan(users: int, rows: int, wanted: int) -> Plan:
     """`wanted` results a user, those that `exclude` may take away counted in.
@@ -95,12 +99,13 @@ def choose_tile(columns: int, m_pad: int, r_pad: int, itemsize: int, capability:
     block_r = r_pad
     if columns <= 32:
         return Tile(64, padded(columns, 16), block_r, 4 if capability < 100 else 8, stages, 4)
-    warps = 8 if capability < 90 else 4
+    if columns <= 128 and capability < 90:
+        return Tile(128, padded(columns), block_r, 8, 2, 1)
     if columns <= 128:
-        return Tile(64, padded(columns), block_r, warps, stages, 3)
+        return Tile(64, padded(columns), block_r, 4, stages, 3)
     if m_pad == 1:
-        return Tile(128, 64, block_r, 8, stages, 2, True)
-    return Tile(64, 64, block_r, warps, stages, 3)
+        return Tile(128, 64, block_r, 8, stages, 2, capability >= 90)
+    return Tile(64, 64, block_r, 4, stages, 3)
 
 
 def relative_error(dtype: torch.dtype, r: int) -> float:

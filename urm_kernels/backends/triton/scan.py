@@ -107,7 +107,7 @@ def scan(
     MASK_BITS: tl.constexpr,
     MASK_PER_USER: tl.constexpr,
     GATHERED: tl.constexpr,
-    COMPILED: tl.constexpr,
+    SPARSE: tl.constexpr,
     TENSOR_SQUARES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -118,14 +118,14 @@ def scan(
     BLOCK_R are read in parts, for every block of columns again.
 
     out: int64 [B, capacity] survivors' rows, counts int32 [B] (unsigned); of a sample, fp32 [B, groups] maxima of rows
-    far apart, -inf where none may be returned. COMPILED allows pieces of PTX, which the interpreter cannot run.
+    far apart, -inf where none may be returned. SPARSE: survivors of many users may be appended in PTX.
     """
     SAMPLE: tl.constexpr = GATHERED > 0
     USERS: tl.constexpr = BLOCK_C // M_PAD if M_PAD <= BLOCK_C else 1
     PARTS: tl.constexpr = M_PAD // BLOCK_C if M_PAD > BLOCK_C else 1
     WHOLE: tl.constexpr = R == BLOCK_R
     SCALED: tl.constexpr = SAMPLE or LOG_SUM_EXP or bias is not None
-    SPARSE_APPEND: tl.constexpr = COMPILED and USERS == BLOCK_C and USERS > 16 and not MASK_PER_USER
+    SPARSE_APPEND: tl.constexpr = SPARSE and USERS == BLOCK_C and USERS > 16 and not MASK_PER_USER
     blocks = 1 if ONE_BLOCK else tl.cdiv(B, USERS)
     at = tl.arange(0, BLOCK_R)
     if ONE_BLOCK:

@@ -307,7 +307,7 @@ def _launch_scan(
         MASK_BITS=call.bits,
         MASK_PER_USER=call.mask is not None and call.mask.dim() == 2,
         GATHERED=gathered,
-        COMPILED=not card.interpreted,
+        SPARSE=tile.owns_scores(card),
         TENSOR_SQUARES=call.items.dtype == torch.bfloat16 and card.adds_squares,
         STAGES=tile.stages,
         num_warps=tile.warps,
