@@ -102,12 +102,13 @@ def self_check() -> list[tuple[str, str]]:
     items = torch.randn(5000, 48, generator=generator)  # enough for a bounded scan
     wanted = scoring.score_topk(queries, items, 20, backend="reference")
     lines = []
-    for backend, isa in available_backends():
-        with forced(backend, isa):
-            got = scoring.score_topk(queries, items, 20)
-        same = all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-        name = f"{backend}/{isa}" if isa else backend
-        lines.append((name, "bits equal the reference's" if same else "DIFFERS FROM THE REFERENCE"))
+    for place in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
+        for backend, isa in available_backends(place):
+            with forced(backend, isa):
+                got = scoring.score_topk(queries.to(place), items.to(place), 20)
+            same = all(torch.equal(a.cpu(), b) for a, b in zip(got, wanted, strict=True))
+            name = "/".join(filter(None, (backend, isa, None if place == "cpu" else place)))
+            lines.append((name, "bits equal the reference's" if same else "DIFFERS FROM THE REFERENCE"))
     return [*lines, ("speed", _in_words(_speed))]
 
 

@@ -48,6 +48,10 @@ def _say_once(message: str) -> None:
 
 
 def describe() -> list[tuple[str, str]]:
-    """(backend, "usable" or the reason why not) for float32 on this machine's CPU."""
-    where = torch.device("cpu")
-    return [(name, b.why_not(where, (torch.float32,)) or "usable") for name, b in BACKENDS.items()]
+    """(backend, "usable" or the reason why not) for float32 on this machine's CPU and, where torch sees one, its GPU."""
+    places = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
+    lines = []
+    for name, backend in BACKENDS.items():
+        reasons = [(place.type, backend.why_not(place, (torch.float32,)) or "usable") for place in places]
+        lines.append((name, "; ".join(f"{place}: {reason}" for place, reason in reasons)))
+    return lines

@@ -46,7 +46,7 @@ def _unfit(device: torch.device) -> str | None:
 def why_not(device: torch.device, dtypes: Collection[torch.dtype]) -> str | None:
     """None where this backend can run, else the reason."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
-        return f"tensors are on {device}"
+        return f"tensors are on {device}, not on a CUDA device"
     if torch.float64 in dtypes:
         return "float64 is computed by the reference backend"
     return _missing() or (_unfit(device) if device.type == "cuda" else None)
