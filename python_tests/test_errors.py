@@ -101,10 +101,6 @@ WRONG_VALUES = [
     ("exclude", {"exclude": torch.zeros(3, 2).long()}),
     ("exclude", {"exclude": torch.zeros(2, 1, 1).long()}),
     ("exclude", {"exclude": torch.zeros(2, 1, device="meta").long()}),
-    ("exclude", {"exclude": torch.tensor([[0], [5]])}),
-    ("exclude", {"exclude": torch.tensor([[0], [2**62]])}),
-    ("exclude", {"exclude": torch.tensor([[-2], [0]])}),
-    ("exclude", {"items": torch.ones(0, 4), "exclude": torch.tensor([[0], [-1]])}),
     ("backend", {"backend": "gpu"}),
     ("backend", {"backend": "CPU"}),
     ("backend", {"backend": "cpu", "items": ITEMS.double()}),
@@ -159,15 +155,16 @@ def test_a_bias_beside_a_table_that_has_one(device):
         call(device, items=table, bias=torch.zeros(5))
 
 
-@pytest.mark.parametrize("row", [5, -2])
-def test_rows_that_do_not_exist_are_refused_where_looking_is_free_and_else_exclude_nothing(backend, device, row):
-    exclude = torch.tensor([[0], [row]])
+@pytest.mark.parametrize(("rows", "bad"), [(5, 5), (5, 2**62), (5, -2), (0, 0)])
+def test_rows_that_do_not_exist_are_refused_where_looking_is_free_and_else_exclude_nothing(backend, device, rows, bad):
+    given = {"items": ITEMS[:rows], "backend": backend}
+    exclude = torch.tensor([[-1], [bad]])
     if device.type == "cpu":
-        with pytest.raises(ValueError, match=f"^exclude: .*{row} came"):
-            call(device, exclude=exclude, backend=backend)
+        with pytest.raises(ValueError, match=f"^exclude: .*{bad} came"):
+            call(device, exclude=exclude, **given)
     else:
         # To look at them would be to wait for the device.
-        assert ids_of(call(device, exclude=exclude, backend=backend))[1] == ids_of(call(device, backend=backend))[1]
+        assert ids_of(call(device, exclude=exclude, **given)) == ids_of(call(device, **given))
 
 
 @pytest.mark.parametrize("text", ["sse", "AVX2", "avx2 ", "portable,avx2"])
@@ -283,7 +280,7 @@ def test_without_the_extension_the_reference_runs_and_says_so_once(unbuilt, capl
         for _ in range(3):
             assert ids_of(score_topk(QUERIES, ITEMS, 2)) == [[4, 3]] * 2
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 1 and "cpu" in said[0] and "not built" in said[0]
+    assert len(said) == len(set(said)) and [line for line in said if "not built" in line][0].startswith("backend cpu")
     assert available_backends("cpu") == [("reference", None)]
 
 

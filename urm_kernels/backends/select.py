@@ -48,7 +48,7 @@ def _say_once(message: str) -> None:
 
 
 def describe() -> list[tuple[str, str]]:
-    """(backend, "usable" or the reason why not) for float32 on this machine's CPU and, where torch sees one, its GPU."""
+    """(backend, "usable" or the reason why not) for float32 on the CPU and, where torch sees one, the GPU."""
     places = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
     lines = []
     for name, backend in BACKENDS.items():
