@@ -280,7 +280,7 @@ def test_without_the_extension_the_reference_runs_and_says_so_once(unbuilt, capl
         for _ in range(3):
             assert ids_of(score_topk(QUERIES, ITEMS, 2)) == [[4, 3]] * 2
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == len(set(said)) and [line for line in said if "not built" in line][0].startswith("backend cpu")
+    assert len(said) == len(set(said)) and next(line for line in said if "not built" in line).startswith("backend cpu")
     assert available_backends("cpu") == [("reference", None)]
 
 
