@@ -121,7 +121,7 @@ def prepare_queries(
         lost = tl.maximum(lost, tl.max(_length(q - wide), 0))
         length = tl.maximum(length, tl.max(_length(wide), 0))
     # The factor pays for the roundings of both lengths, of a row's length and of the bound itself.
-    slack = (lost + relative_error * length) * inverse * 1.003 + reduce_relative * length * inverse
+    slack = (lost + relative_error * length) * inverse * (1.003 + r * 1.2e-7) + reduce_relative * length * inverse
     slack = tl.where(length * inverse < 1.152921504606846976e18, slack, float("inf"))  # 2^60: no overflow is possible
     served = (first < M) & (nan == 0)
     tl.store(inverse_scale + user, inverse)
