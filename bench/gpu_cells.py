@@ -181,7 +181,7 @@ def half_fused(queries: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     users = len(queries)
     call = search.Call(queries, None, items, None, None, None, False)
-    prepared = search._prepare(call, k)
+    prepared = search.prepare(call, k)
     parts, first = [], 0
     for rows in items.split(max(k, min(len(items), _HELD // (4 * users)))):
         scores = search.sample_maxima(call._replace(items=rows), prepared, len(rows), 1, 1, backend.card(items.device))

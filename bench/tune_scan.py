@@ -74,10 +74,10 @@ class Bench:
         self.card = backend.card(torch.device("cuda", 0))
         self.call = search.Call(queries, None, self.items, None, None, None, False)
         self.plan = make_plan(users, rows, K)
-        self.prepared = search._prepare(self.call, K)
+        self.prepared = search.prepare(self.call, K)
         self.out = torch.empty(users, self.plan.capacity, dtype=torch.int64, device="cuda")
         self.counts = torch.zeros(users, dtype=torch.int32, device="cuda")
-        self.limits = search._guess(self.call, self.prepared, self.plan, self.card)
+        self.limits = search.guess(self.call, self.prepared, self.plan, self.card)
 
     def run(self, tile: Tile) -> None:
         search.scan_rows(self.call, self.prepared, self.limits, self.out, self.counts, self.plan.capacity,

@@ -125,7 +125,8 @@ class _Prepared(NamedTuple):
     wanted: Tensor
 
 
-def _prepare(call: Call, k: int) -> _Prepared:
+def prepare(call: Call, k: int) -> _Prepared:
+    """Queries rounded to the table's type, and the slack of that."""
     users, count, r = call.queries.shape
     m_pad, r_pad = padded(count), padded(r, 16)
     scales, slack, fixed = call.queries.new_empty((3, users)).unbind()
@@ -165,7 +166,7 @@ def _canonical_tile(call: Call) -> dict[str, Any]:
 def _dense_keys(call: Call, k: int) -> tuple[Tensor, Tensor]:
     users, count, r = call.queries.shape
     rows = call.items.shape[0]
-    wanted = _prepare(call, k).wanted
+    wanted = prepare(call, k).wanted
     keys = torch.empty((users, rows), dtype=torch.int64, device=call.queries.device)
     tile = _canonical_tile(call)
     grid = (-(-rows // tile["C"]), users)
@@ -178,8 +179,8 @@ def _dense_keys(call: Call, k: int) -> tuple[Tensor, Tensor]:
 def _surviving_keys(call: Call, k: int, plan: Plan, card: Card) -> tuple[Tensor, Tensor]:
     users, count, r = call.queries.shape
     rows, device = call.items.shape[0], call.queries.device
-    prepared = _prepare(call, k)
-    limits = _guess(call, prepared, plan, card)
+    prepared = prepare(call, k)
+    limits = guess(call, prepared, plan, card)
     keys = torch.empty((users, plan.capacity), dtype=torch.int64, device=device)
     bins = 2 * radix.PASSES.value * radix.BINS.value
     counts, collected, histograms, arrivals, proofs = _zeros(device, users, users, bins, 1, users)
@@ -216,7 +217,8 @@ class _Limits(NamedTuple):
     slope: Tensor
 
 
-def _guess(call: Call, prepared: _Prepared, plan: Plan, card: Card) -> _Limits:
+def guess(call: Call, prepared: _Prepared, plan: Plan, card: Card) -> _Limits:
+    """The threshold is the rank-th best maximum of the sample."""
     users = call.queries.shape[0]
     maxima = sample_maxima(call, prepared, plan.sample, plan.step, plan.gathered, card)
     best = torch.topk(maxima, plan.rank, dim=1, sorted=True).values
