@@ -88,30 +88,53 @@ urm::QueriesView view(const Queries& q) {
   return {at<float>(std::get<0>(q)), at<uint8_t>(std::get<1>(q)), std::get<2>(q), std::get<3>(q), std::get<4>(q)};
 }
 
-using FilterSpec = std::tuple<int, uintptr_t, int64_t, int64_t, uintptr_t, int64_t>;  // as struct Filter
+using Overlay = std::tuple<uintptr_t, int64_t, Matrix, Matrix, Matrix>;  // rows, count, items, bias, row scale
 
-void score_topk(const Queries& queries, const Matrix& items, const Matrix& bias, int reduce, const FilterSpec& filter,
-                int64_t k, bool sorted, int torch_threads, uintptr_t scores, uintptr_t ids) {
-  urm::ScanRequest request;
+urm::Overlay view(const Overlay& o) {
+  urm::Overlay overlay;
+  overlay.rows = at<int64_t>(std::get<0>(o));
+  overlay.count = std::get<1>(o);
+  overlay.items = view(std::get<2>(o));
+  overlay.bias = view(std::get<3>(o));
+  overlay.row_scale = view(std::get<4>(o));
+  return overlay;
+}
+
+// items, bias, row scale, overlay, bits of the rows that have not been removed
+using Table = std::tuple<Matrix, Matrix, Matrix, Overlay, uintptr_t>;
+
+template <class Request>
+void set_table(const Table& table, Request& request) {
+  request.items = view(std::get<0>(table));
+  request.bias = view(std::get<1>(table));
+  request.row_scale = view(std::get<2>(table));
+  request.overlay = view(std::get<3>(table));
+}
+
+// kind, mask, its strides of users and rows, exclusions, their number
+using FilterSpec = std::tuple<int, uintptr_t, int64_t, int64_t, uintptr_t, int64_t>;
+
+void set_scan(const Queries& queries, const Table& table, int reduce, const FilterSpec& filter, int torch_threads,
+              urm::ScanRequest& request) {
   request.queries = view(queries);
-  request.items = view(items);
-  request.bias = view(bias);
+  set_table(table, request);
   request.reduce = static_cast<urm::Reduce>(reduce);
-  request.filter = {static_cast<urm::MaskKind>(std::get<0>(filter)),
-                    at<uint8_t>(std::get<1>(filter)),
-                    std::get<2>(filter),
-                    std::get<3>(filter),
-                    at<int64_t>(std::get<4>(filter)),
-                    std::get<5>(filter)};
-  request.k = k;
-  request.sorted = sorted;
+  request.filter.kind = static_cast<urm::MaskKind>(std::get<0>(filter));
+  request.filter.mask = at<uint8_t>(std::get<1>(filter));
+  request.filter.mask_user_stride = std::get<2>(filter);
+  request.filter.mask_row_stride = std::get<3>(filter);
+  request.filter.exclude = at<int64_t>(std::get<4>(filter));
+  request.filter.exclude_count = std::get<5>(filter);
+  request.filter.alive = at<uint8_t>(std::get<4>(table));
   request.threads = chosen_threads(torch_threads);
   request.all_threads = wanted_threads() != nullptr;
   request.kernels = &chosen_kernels();
   request.scan = chosen_scan(*request.kernels);
-  request.scores = at<float>(scores);
-  request.ids = at<int64_t>(ids);
+}
 
+// Runs `scan` without the GIL; Ctrl-C ends it.
+template <class Request>
+void run(bool (*scan)(const Request&), Request& request) {
   using Clock = std::chrono::steady_clock;
   auto asked = Clock::now();
   bool signalled = false;
@@ -126,9 +149,46 @@ void score_topk(const Queries& queries, const Matrix& items, const Matrix& bias,
     };
   {
     const py::gil_scoped_release released;
-    urm::scan_topk(request);
+    scan(request);
   }
   if (signalled) throw py::error_already_set();
+}
+
+void score_topk(const Queries& queries, const Table& table, int reduce, const FilterSpec& filter, int64_t k,
+                bool sorted, int torch_threads, uintptr_t scores, uintptr_t ids) {
+  urm::TopKRequest request;
+  set_scan(queries, table, reduce, filter, torch_threads, request);
+  request.k = k;
+  request.sorted = sorted;
+  request.scores = at<float>(scores);
+  request.ids = at<int64_t>(ids);
+  run(&urm::scan_topk, request);
+}
+
+void log_partition(const Queries& queries, const Table& table, int reduce, const FilterSpec& filter, float temperature,
+                   int torch_threads, uintptr_t out) {
+  urm::PartitionRequest request;
+  set_scan(queries, table, reduce, filter, torch_threads, request);
+  request.temperature = temperature;
+  request.out = at<float>(out);
+  run(&urm::scan_partition, request);
+}
+
+void score_candidates(const Queries& queries, const Table& table, int reduce, uintptr_t candidates, int64_t count,
+                      bool shared, bool reduced, int torch_threads, uintptr_t out) {
+  urm::CandidatesRequest request;
+  request.queries = view(queries);
+  set_table(table, request);
+  request.alive = at<uint8_t>(std::get<4>(table));
+  request.reduce = static_cast<urm::Reduce>(reduce);
+  request.candidates = at<int64_t>(candidates);
+  request.count = count;
+  request.shared = shared;
+  request.threads = chosen_threads(torch_threads);
+  request.kernels = &chosen_kernels();
+  const py::gil_scoped_release released;
+  if (reduced) urm::score_candidates(request, at<float>(out));
+  else urm::candidate_dots(request, at<float>(out));
 }
 
 }  // namespace
@@ -140,13 +200,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("instruction_set", [] { return chosen_kernels().name; }, "The one in use: URM_CPU_ISA, or the best.");
   m.def("threads", &chosen_threads, "Threads a call may use: URM_NUM_THREADS, or the number given (torch's).");
   m.def("score_topk", &score_topk);
-  m.def("candidate_dots", [](const Queries& queries, const Matrix& items, uintptr_t candidates, int64_t count,
-                             int torch_threads, uintptr_t out) {
-    const urm::Kernels& kernels = chosen_kernels();
-    const int threads = chosen_threads(torch_threads);
-    const py::gil_scoped_release released;
-    urm::candidate_dots(view(queries), view(items), at<int64_t>(candidates), count, threads, kernels, at<float>(out));
-  });
+  m.def("log_partition", &log_partition);
+  m.def("score_candidates", &score_candidates, "Scores [users, count], or dots [users, queries, count] not reduced.");
   m.def(
       "upper_bounds",
       [](const Queries& queries, const Matrix& items, uintptr_t out) {

@@ -9,17 +9,16 @@
 
 namespace urm {
 
-// exp(x) for x <= 0. Below kExpFloor the result is 0: a term of a sum that is at least 1 is lost in rounding there.
-constexpr float kExpFloor = -80.0f;
+constexpr float kLog2E = 1.44269504088896341f;
 
-URM_HOST_DEVICE float canonical_exp(float x) {
-  if (!(x >= kExpFloor)) return 0.0f;
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float shifted = fused_multiply_add(x, 1.44269504088896341f, magic);
-  const float n = shifted - magic;
-  float f = fused_multiply_add(n, -0.693359375f, x);  // ln 2 in two parts: the first product is exact
-  f = fused_multiply_add(n, 2.12194440e-4f, f);
-  // The Taylor polynomial of degree 7 on |f| <= ln(2)/2: remainder below 5.2e-9.
+// x - n ln 2 for an integer n: ln 2 in two parts, the first product is exact.
+URM_HOST_DEVICE float minus_logarithms(float x, float n) {
+  const float f = fused_multiply_add(n, -0.693359375f, x);
+  return fused_multiply_add(n, 2.12194440e-4f, f);
+}
+
+// The Taylor polynomial of exp of degree 7: remainder below 5.2e-9 on |f| <= ln(2) / 2.
+URM_HOST_DEVICE float exp_polynomial(float f) {
   float p = 1.98412698e-4f;
   p = fused_multiply_add(p, f, 1.38888889e-3f);
   p = fused_multiply_add(p, f, 8.33333333e-3f);
@@ -27,11 +26,21 @@ URM_HOST_DEVICE float canonical_exp(float x) {
   p = fused_multiply_add(p, f, 1.66666667e-1f);
   p = fused_multiply_add(p, f, 0.5f);
   p = fused_multiply_add(p, f, 1.0f);
-  p = fused_multiply_add(p, f, 1.0f);
+  return fused_multiply_add(p, f, 1.0f);
+}
+
+// exp(x) for x <= 0. Below kExpFloor the result is 0: a term of a sum that is at least 1 is lost in rounding there.
+constexpr float kExpFloor = -80.0f;
+
+URM_HOST_DEVICE float canonical_exp(float x) {
+  if (!(x >= kExpFloor)) return 0.0f;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float shifted = fused_multiply_add(x, kLog2E, magic);
+  const float n = shifted - magic;
   const uint32_t exponent = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
   float scale;
   memcpy(&scale, &exponent, sizeof scale);
-  return p * scale;
+  return exp_polynomial(minus_logarithms(x, n)) * scale;
 }
 
 // log(s) for finite s >= 1: s = 2^n g with g in [sqrt(1/2), sqrt(2)), log g = 2 atanh((g - 1) / (g + 1)).

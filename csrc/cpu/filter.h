@@ -16,6 +16,7 @@ struct Filter {
   int64_t mask_row_stride = 1;       // bytes only; bits are packed, lowest first
   const int64_t* exclude = nullptr;  // [users, exclude_count], each ascending
   int64_t exclude_count = 0;
+  const uint8_t* alive = nullptr;  // bits of rows that have not been removed, lowest first; null: all
   int64_t row_step = 1;  // rows are asked for by their number in units of this
 
   // The same for users from `first` on and every `step`-th row.
@@ -29,6 +30,7 @@ struct Filter {
 
   bool allows(int64_t user, int64_t row) const {
     row *= row_step;
+    if (alive && !((alive[row >> 3] >> (row & 7)) & 1)) return false;
     if (kind == MaskKind::kBytes) {
       if (!mask[user * mask_user_stride + row * mask_row_stride]) return false;
     } else if (kind == MaskKind::kBits) {
@@ -37,6 +39,27 @@ struct Filter {
     if (!exclude_count) return true;
     const int64_t* first = exclude + user * exclude_count;
     return !std::binary_search(first, first + exclude_count, row);
+  }
+
+  // Those of the given lanes (bit i: row + i) that are allowed.
+  uint32_t allowed(int64_t user, int64_t row, uint32_t lanes) const {
+    if (alive || kind != MaskKind::kNone) {
+      Filter masks = *this;
+      masks.exclude_count = 0;
+      for (uint32_t left = lanes; left; left &= left - 1) {
+        const int i = __builtin_ctz(left);
+        if (!masks.allows(user, row + i)) lanes &= ~(1u << i);
+      }
+    }
+    if (!exclude_count || !lanes) return lanes;
+    const int64_t* first = exclude + user * exclude_count;
+    const int64_t* last = first + exclude_count;
+    for (const int64_t* e = std::lower_bound(first, last, row * row_step); e != last; ++e) {
+      const int64_t lane = *e / row_step - row;
+      if (lane > 31) break;
+      if (*e % row_step == 0) lanes &= ~(1u << lane);
+    }
+    return lanes;
   }
 };
 

@@ -2,9 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 namespace urm {
 namespace {
+
+constexpr int64_t kGroupQueries = 512;       // packed queries of a group stay in the second-level cache
+constexpr int64_t kWorkPerThread = 1 << 22;  // multiply-adds that pay for waking a thread, about 0.2 ms
+constexpr int64_t kChunkRows = 4096;         // rows handed out at a time
 
 constexpr int64_t kSliceQueries = 64;  // their cheap scores of a panel are 16 KiB
 constexpr int64_t kFewestRows = 4096;  // smaller tables are scanned exactly: packing queries would cost as much
@@ -17,11 +22,43 @@ float length_of(const float* query, int64_t padded) {
 }
 
 bool wanted(const ScanRequest& request, int64_t queries) {
+  if (request.row_scale.data) return false;
   if (request.scan != ScanMode::kAuto) return request.scan == ScanMode::kBounded;
   return queries > kDirectQueries && request.items.rows >= kFewestRows;
 }
 
+int useful_threads(const ScanRequest& request, int64_t queries, int64_t padded) {
+  if (request.all_threads) return request.threads;
+  const double work = static_cast<double>(request.items.rows) * padded * std::max<int64_t>(queries, 4);
+  return static_cast<int>(std::clamp<double>(work / kWorkPerThread, 1, std::max(request.threads, 1)));
+}
+
 }  // namespace
+
+int64_t padded_columns(const QueriesView& queries) {
+  return round_up(std::max<int64_t>(queries.r, 1), kLanes);
+}
+
+int64_t users_of_group(const QueriesView& queries) {
+  return std::max<int64_t>(1, kGroupQueries / std::max<int64_t>(1, queries.queries));
+}
+
+Group::Group(const ScanRequest& request, int64_t first, int64_t last, int64_t padded)
+    : request(request),
+      first_user(first),
+      users(last - first),
+      padded(padded),
+      packed(pack_queries(request.queries, request.reduce, first, last, padded)) {
+  if (packed.total > kDirectQueries) {
+    panel.resize(query_panel_floats(packed.total, padded));
+    pack_query_panel(packed.rows.data(), packed.total, padded, panel.data());
+  }
+  bounds = make_bounds(request, packed, users, padded);
+  threads = useful_threads(request, packed.total, padded);
+  const int64_t n = request.items.rows;
+  const int64_t wide = std::lcm(request.kernels->panel_rows, bounds.score ? bounds.score->panel_rows : 1);
+  chunk_rows = round_up(std::clamp<int64_t>(threads == 1 ? n : n / (8 * threads), 1, kChunkRows), wide);
+}
 
 GroupBounds make_bounds(const ScanRequest& request, const PackedQueries& packed, int64_t users, int64_t padded) {
   GroupBounds bounds;

@@ -8,7 +8,6 @@
 #include "kernels.h"
 #include "queries.h"
 #include "scan.h"
-#include "topk_buffer.h"
 
 namespace urm {
 
@@ -43,15 +42,19 @@ struct Group {
   GroupBounds bounds{};
   int threads = 1;
   int64_t chunk_rows = 0;  // handed out at a time
-  int64_t capacity = 0;
-  AlignedVector<uint64_t> keys{};                 // [users, threads, capacity]
-  AlignedVector<TopKBuffer> buffers{};            // [threads, users]
-  AlignedVector<std::atomic<uint64_t>> floors{};  // [users]
   std::atomic<int64_t> next_chunk{0};
   std::atomic<bool> stop{false};
 
+  // Users [first, last).
+  Group(const ScanRequest& request, int64_t first, int64_t last, int64_t padded);
+
   bool direct() const { return panel.empty(); }
-  TopKBuffer& buffer(int slot, int64_t user) { return buffers[slot * users + user]; }
 };
+
+// Columns of a row in the kernels' memory.
+int64_t padded_columns(const QueriesView& queries);
+
+// Users whose packed queries stay in the second-level cache.
+int64_t users_of_group(const QueriesView& queries);
 
 }  // namespace urm

@@ -10,35 +10,34 @@ constexpr int64_t kFewestRows = 1 << 16;      // a sample of 256
 constexpr int64_t kFewestResults = 512;       // below, the running threshold is soon as good as a guess from two rows
 constexpr double kDeviations = 3, kMore = 3;  // a guess is refuted once in a thousand, also where counts are small
 
-}  // namespace
-
-AlignedVector<float> guess_thresholds(const ScanRequest& request, int64_t first, int64_t last) {
-  if (request.items.rows < kFewestRows || request.k < kFewestResults || request.k > request.items.rows / 2) return {};
-  const double expected = static_cast<double>(request.k) / kStep;
-  const int64_t rank = static_cast<int64_t>(std::ceil(expected + kDeviations * std::sqrt(expected) + kMore));
+// The exact score at `rank` among every kStep-th row.
+AlignedVector<float> score_at_rank(const ScanRequest& request, int64_t first, int64_t last, int64_t rank) {
   const int64_t users = last - first;
   AlignedVector<float> scores(users * rank);
   AlignedVector<int64_t> ids(users * rank);
-
-  ScanRequest sample = request;
-  sample.queries.data += first * sample.queries.queries * sample.queries.r;
-  if (sample.queries.exists) sample.queries.exists += first * sample.queries.queries;
-  sample.queries.users = users;
-  sample.items.rows = request.items.rows / kStep;
-  sample.items.row_stride *= kStep;
-  sample.bias.column_stride *= kStep;
-  sample.bias.columns = sample.items.rows;
-  sample.filter = request.filter.sampled(first, kStep);
+  TopKRequest sample;
+  static_cast<ScanRequest&>(sample) = sampled(request, first, last, kStep);
   sample.k = rank;
-  sample.scan = ScanMode::kExact;
-  sample.interrupted = nullptr;
   sample.scores = scores.data();
   sample.ids = ids.data();
   scan_topk(sample);
+  AlignedVector<float> found(users);
+  for (int64_t user = 0; user < users; ++user) found[user] = scores[(user + 1) * rank - 1];
+  return found;
+}
 
-  AlignedVector<float> guesses(users);
-  for (int64_t user = 0; user < users; ++user) guesses[user] = scores[(user + 1) * rank - 1];
-  return guesses;
+}  // namespace
+
+AlignedVector<float> guess_thresholds(const TopKRequest& request, int64_t first, int64_t last) {
+  if (request.items.rows < kFewestRows || request.k < kFewestResults || request.k > request.items.rows / 2) return {};
+  const double expected = static_cast<double>(request.k) / kStep;
+  const int64_t rank = static_cast<int64_t>(std::ceil(expected + kDeviations * std::sqrt(expected) + kMore));
+  return score_at_rank(request, first, last, rank);
+}
+
+AlignedVector<float> best_of_sample(const ScanRequest& request, int64_t first, int64_t last) {
+  if (request.items.rows < kFewestRows) return {};
+  return score_at_rank(request, first, last, 1);
 }
 
 }  // namespace urm

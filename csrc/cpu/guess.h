@@ -8,6 +8,10 @@ namespace urm {
 
 // Scores that at least k rows are expected to reach for users [first, last), -inf where a user's sample is too small to
 // tell; empty where a sample does not pay. A guess is proven when k rows that reach it have been found.
-AlignedVector<float> guess_thresholds(const ScanRequest& request, int64_t first, int64_t last);
+AlignedVector<float> guess_thresholds(const TopKRequest& request, int64_t first, int64_t last);
+
+// The best score of a sample of the rows for users [first, last), -inf where it has none; empty where a sample does not
+// pay.
+AlignedVector<float> best_of_sample(const ScanRequest& request, int64_t first, int64_t last);
 
 }  // namespace urm

@@ -48,6 +48,13 @@ struct Kernels {
   uint32_t (*prune_log_sum_exp)(const float* dots, int64_t stride, int64_t count, const float* bias, float threshold,
                                 float* scores);
 
+  // exp(scores / temperature) of 16 scores, split as split_exponential does. Returns the lanes that could be: those of
+  // huge, infinite and NaN scores cannot. `scores` are divided in place.
+  uint32_t (*exponentials)(float* scores, float temperature, int32_t* exponents, uint32_t* mantissas);
+
+  // out[q * stride + i] *= scales[i] for 16 rows and `count` queries.
+  void (*scale_dots)(const float* scales, int64_t count, int64_t stride, float* dots);
+
   // One canonical dot.
   float (*dot)(const float* x, const float* y, int64_t padded);
 

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "../common/canonical_dot.h"
+#include "../common/exponential_sum.h"
 #include "../common/log_sum_exp.h"
 #include "kernels.h"
 
@@ -22,6 +23,11 @@ struct Vector {
     return {_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)};
   }
   static Vector multiply(Vector x, Vector y) { return {_mm256_mul_ps(x.low, y.low), _mm256_mul_ps(x.high, y.high)}; }
+  static Vector divide(Vector x, Vector y) { return {_mm256_div_ps(x.low, y.low), _mm256_div_ps(x.high, y.high)}; }
+  static Vector round(Vector x) {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(x.low, kNearest), _mm256_round_ps(x.high, kNearest)};
+  }
   static Vector add(Vector x, Vector y) { return {_mm256_add_ps(x.low, y.low), _mm256_add_ps(x.high, y.high)}; }
   static Vector max(Vector x, Vector y) { return {_mm256_max_ps(x.low, y.low), _mm256_max_ps(x.high, y.high)}; }
   static Vector abs(Vector x) {
@@ -41,6 +47,10 @@ struct Vector {
     _mm256_storeu_ps(p, low);
     _mm256_storeu_ps(p + 8, high);
   }
+  void store_integers(int32_t* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(low));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), _mm256_cvtps_epi32(high));
+  }
 
   static __m256 widen_eight(const char* from, DType dtype) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
@@ -48,13 +58,26 @@ struct Vector {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
   }
 
+  static __m256 widen_eight_float8(const char* from) {
+    const __m128i x = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    const __m128i magnitude = _mm_and_si128(x, _mm_set1_epi16(0x7F));
+    const __m128i nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7F));
+    const __m128i finite = _mm_slli_epi16(magnitude, 7);
+    const __m128i sign = _mm_slli_epi16(_mm_and_si128(x, _mm_set1_epi16(0x80)), 8);
+    const __m128i half = _mm_or_si128(sign, _mm_blendv_epi8(finite, _mm_set1_epi16(0x7E00), nan));
+    return _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(kHalfToFloat8));
+  }
+
   static Vector widen(const char* row, DType dtype, int64_t e) {
     if (dtype == DType::kFloat32) return load(reinterpret_cast<const float*>(row) + e);
+    if (dtype == DType::kFloat8) return {widen_eight_float8(row + e), widen_eight_float8(row + e + 8)};
     return {widen_eight(row + 2 * e, dtype), widen_eight(row + 2 * e + 16, dtype)};
   }
 
   static float widen_one(const char* row, DType dtype, int64_t e) {
     if (dtype == DType::kFloat32) return reinterpret_cast<const float*>(row)[e];
+    if (dtype == DType::kFloat8)
+      return _cvtsh_ss(half_of_float8(reinterpret_cast<const uint8_t*>(row)[e])) * kHalfToFloat8;
     const uint16_t half = reinterpret_cast<const uint16_t*>(row)[e];
     if (dtype == DType::kFloat16) return _cvtsh_ss(half);
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(half << 16)));

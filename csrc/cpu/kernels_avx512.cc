@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "../common/canonical_dot.h"
+#include "../common/exponential_sum.h"
 #include "../common/log_sum_exp.h"
 #include "kernels.h"
 

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "../common/canonical_dot.h"
+#include "../common/exponential_sum.h"
 #include "../common/log_sum_exp.h"
 #include "kernels.h"
 
@@ -28,6 +29,11 @@ float widen_bfloat16(uint16_t half) {
   float out;
   std::memcpy(&out, &bits, sizeof out);
   return out;
+}
+
+// As the processors' conversions: what does not fit becomes the least integer.
+int32_t to_integer(float x) {
+  return std::fabs(x) < 0x1p31f ? static_cast<int32_t>(std::nearbyint(x)) : INT32_MIN;
 }
 
 struct Vector {
@@ -63,6 +69,12 @@ struct Vector {
   static Vector multiply(const Vector& x, const Vector& y) {
     return each([&](int i) { return x.v[i] * y.v[i]; });
   }
+  static Vector divide(const Vector& x, const Vector& y) {
+    return each([&](int i) { return x.v[i] / y.v[i]; });
+  }
+  static Vector round(const Vector& x) {
+    return each([&](int i) { return std::nearbyint(x.v[i]); });
+  }
   static Vector add(const Vector& x, const Vector& y) {
     return each([&](int i) { return x.v[i] + y.v[i]; });
   }
@@ -79,12 +91,17 @@ struct Vector {
     return mask([&](int i) { return x.v[i] < y.v[i]; });
   }
   void store(float* p) const { std::memcpy(p, v, sizeof v); }
+  void store_integers(int32_t* p) const {
+    for (int i = 0; i < kLanes; ++i) p[i] = to_integer(v[i]);
+  }
 
   static Vector widen(const char* row, DType dtype, int64_t e) {
     return each([&](int i) { return widen_one(row, dtype, e + i); });
   }
   static float widen_one(const char* row, DType dtype, int64_t e) {
     if (dtype == DType::kFloat32) return reinterpret_cast<const float*>(row)[e];
+    if (dtype == DType::kFloat8)
+      return widen_half(half_of_float8(reinterpret_cast<const uint8_t*>(row)[e])) * kHalfToFloat8;
     const uint16_t half = reinterpret_cast<const uint16_t*>(row)[e];
     return dtype == DType::kFloat16 ? widen_half(half) : widen_bfloat16(half);
   }

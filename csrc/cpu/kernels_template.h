@@ -208,6 +208,32 @@ struct KernelsOf {
     return kept;
   }
 
+  static uint32_t exponentials(float* scores, float temperature, int32_t* exponents, uint32_t* mantissas) {
+    V s = V::load(scores);
+    if (temperature != 1.0f) {
+      s = V::divide(s, V::broadcast(temperature));
+      s.store(scores);
+    }
+    const V n = V::round(V::multiply(s, V::broadcast(kLog2E)));
+    const V f = V::fma(n, V::broadcast(2.12194440e-4f), V::fma(n, V::broadcast(-0.693359375f), s));
+    V p = V::broadcast(1.98412698e-4f);
+    p = V::fma(p, f, V::broadcast(1.38888889e-3f));
+    p = V::fma(p, f, V::broadcast(8.33333333e-3f));
+    p = V::fma(p, f, V::broadcast(4.16666667e-2f));
+    p = V::fma(p, f, V::broadcast(1.66666667e-1f));
+    p = V::fma(p, f, V::broadcast(0.5f));
+    p = V::fma(p, f, V::broadcast(1.0f));
+    p = V::fma(p, f, V::broadcast(1.0f));
+    n.store_integers(exponents);
+    V::multiply(p, V::broadcast(kMantissaScale)).store_integers(reinterpret_cast<int32_t*>(mantissas));
+    return V::less(V::abs(s), V::broadcast(kHugeScore));
+  }
+
+  static void scale_dots(const float* scales, int64_t count, int64_t stride, float* dots) {
+    const V scale = V::load(scales);
+    for (int64_t q = 0; q < count; ++q, dots += stride) V::multiply(V::load(dots), scale).store(dots);
+  }
+
   static float dot(const float* x, const float* y, int64_t padded) {
     V sums = V::zero();
     for (int64_t e = 0; e < padded; e += kLanes) sums = V::fma(V::load(x + e), V::load(y + e), sums);
@@ -260,7 +286,8 @@ struct KernelsOf {
   }
 
   static constexpr Kernels table(const char* name) {
-    return {name,      kPanelRows,        stage, widen,       gather,  transpose, dots_of_rows, dots_of_panel,
-            prune_max, prune_log_sum_exp, dot,   prune_bound, nullptr, read_loop, fma_loop,     kChains * kLanes * 2};
+    return {name,         kPanelRows,    stage,     widen,             gather,       transpose,
+            dots_of_rows, dots_of_panel, prune_max, prune_log_sum_exp, exponentials, scale_dots,
+            dot,          prune_bound,   nullptr,   read_loop,         fma_loop,     kChains * kLanes * 2};
   }
 };

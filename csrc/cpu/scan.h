@@ -1,4 +1,4 @@
-// Exact top k over a plain table: every row is read once for all queries of a group of users.
+// A scan of a plain table: every row is read once for all queries of a group of users.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +6,7 @@
 
 #include "filter.h"
 #include "kernels.h"
+#include "overlay.h"
 #include "queries.h"
 #include "views.h"
 
@@ -18,25 +19,56 @@ enum class ScanMode {
   kBounded,  // a cheap score for every row, the canonical dot for those that can still win
 };
 
+// What every scan is asked.
 struct ScanRequest {
   QueriesView queries;
   MatrixView items;
-  MatrixView bias;  // [1, items] or data == nullptr
+  MatrixView bias;       // [1, items] or data == nullptr
+  MatrixView row_scale;  // likewise: a factor of the row's dots
+  Overlay overlay;
   Reduce reduce = Reduce::kMax;
   Filter filter;
-  int64_t k = 0;
-  bool sorted = true;
   int threads = 1;
   ScanMode scan = ScanMode::kAuto;
   bool all_threads = false;  // even where the work does not pay for waking them
   const Kernels* kernels = nullptr;
   std::function<bool()> interrupted;  // asked now and then on the calling thread
+};
 
+// Exact top k.
+struct TopKRequest : ScanRequest {
+  int64_t k = 0;
+  bool sorted = true;
   float* scores = nullptr;  // [users, k], pads -inf
   int64_t* ids = nullptr;   // [users, k], pads -1
 };
 
 // False when `interrupted` said so; the outputs are then undefined. Throws std::bad_alloc.
-bool scan_topk(const ScanRequest& request);
+bool scan_topk(const TopKRequest& request);
+
+// log(sum over allowed rows of exp(score / temperature)) of every user; rows whose score is NaN take no part.
+struct PartitionRequest : ScanRequest {
+  float temperature = 1;  // positive
+  float* out = nullptr;   // [users], -inf where no row takes part
+};
+
+bool scan_partition(const PartitionRequest& request);
+
+// A request for users [first, last) and every step-th row, scored exactly.
+template <class Request>
+Request sampled(const Request& request, int64_t first, int64_t last, int64_t step) {
+  Request sample = request;
+  sample.queries.data += first * request.queries.queries * request.queries.r;
+  if (sample.queries.exists) sample.queries.exists += first * request.queries.queries;
+  sample.queries.users = last - first;
+  sample.items = every(request.items, step);
+  sample.bias = every_column(request.bias, step);
+  sample.row_scale = every_column(request.row_scale, step);
+  sample.overlay = request.overlay.sampled(step);
+  sample.filter = request.filter.sampled(first, step);
+  sample.scan = ScanMode::kExact;
+  sample.interrupted = nullptr;
+  return sample;
+}
 
 }  // namespace urm

@@ -5,6 +5,8 @@
 
 #include "../common/log_sum_exp.h"
 #include "float_environment.h"
+#include "partition_results.h"
+#include "topk_results.h"
 
 namespace urm {
 namespace {
@@ -13,14 +15,15 @@ constexpr int64_t kStretchRows = 192;  // whole panels of 48 and 64 rows; the pa
 
 }  // namespace
 
-void Scanner::run() {
+template <class Results>
+void Scanner<Results>::run() {
   const int64_t n = request_.items.rows;
   for (;;) {
     const int64_t begin = group_.next_chunk.fetch_add(1, std::memory_order_relaxed) * group_.chunk_rows;
     if (begin >= n || group_.stop.load(std::memory_order_relaxed)) return;
-    adopt_floors();
+    results_.adopt(slot_);
     scan_chunk(begin, std::min(n, begin + group_.chunk_rows));
-    publish_floors();
+    results_.publish(slot_);
     if (slot_ == 0 && request_.interrupted && request_.interrupted())
       group_.stop.store(true, std::memory_order_relaxed);
   }
@@ -28,7 +31,8 @@ void Scanner::run() {
 
 // Rounding mode and tiles are set here and not once for all chunks: between two of them a signal handler may run, which
 // may scan itself.
-void Scanner::scan_chunk(int64_t begin, int64_t end) {
+template <class Results>
+void Scanner<Results>::scan_chunk(int64_t begin, int64_t end) {
   const DefaultFloatEnvironment environment;
   const CheapSession session(group_.bounds.score);
   if (!group_.bounds.score) return scan_exact(begin, end);
@@ -46,12 +50,14 @@ void Scanner::scan_chunk(int64_t begin, int64_t end) {
   }
 }
 
-void Scanner::scan_exact(int64_t begin, int64_t end) {
+template <class Results>
+void Scanner<Results>::scan_exact(int64_t begin, int64_t end) {
   if (group_.direct()) scan_rows(begin, end);
   else scan_panels(begin, end);
 }
 
-void Scanner::scan_rows(int64_t begin, int64_t end) {
+template <class Results>
+void Scanner<Results>::scan_rows(int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; row += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, end - row);
     int64_t stride;
@@ -62,7 +68,8 @@ void Scanner::scan_rows(int64_t begin, int64_t end) {
   }
 }
 
-void Scanner::scan_panels(int64_t begin, int64_t end) {
+template <class Results>
+void Scanner<Results>::scan_panels(int64_t begin, int64_t end) {
   const int64_t wide = kernels_.panel_rows;
   for (int64_t row = begin; row < end; row += wide) {
     for (int64_t column = 0; column < wide; column += kLanes) {
@@ -78,7 +85,8 @@ void Scanner::scan_panels(int64_t begin, int64_t end) {
   }
 }
 
-void Scanner::scan_bounded(int64_t begin, int64_t end) {
+template <class Results>
+void Scanner<Results>::scan_bounded(int64_t begin, int64_t end) {
   const GroupBounds& bounds = group_.bounds;
   const int64_t wide = bounds.score->panel_rows;
   for (int64_t row = begin; row < end; row += wide) {
@@ -93,8 +101,11 @@ void Scanner::scan_bounded(int64_t begin, int64_t end) {
   }
 }
 
-// Exact scores of one tile for every user, and what may still win into the user's buffer.
-void Scanner::select(int64_t row, int64_t count, const float* dots, int64_t stride) {
+// Exact scores of one tile for every user.
+template <class Results>
+void Scanner<Results>::select(int64_t row, int64_t count, float* dots, int64_t stride) {
+  if (request_.row_scale.data)
+    kernels_.scale_dots(row_scale_of(group_, work_, row, count), group_.packed.total, stride, dots);
   const float* bias = request_.bias.data ? bias_of(group_, work_, row, count) : nullptr;
   const uint32_t rows_present = (1u << count) - 1;
   const auto prune = request_.reduce == Reduce::kLogSumExp ? kernels_.prune_log_sum_exp : kernels_.prune_max;
@@ -102,18 +113,15 @@ void Scanner::select(int64_t row, int64_t count, const float* dots, int64_t stri
   for (int64_t user = 0; user < group_.users; ++user) {
     const int64_t first = group_.packed.start[user], queries = group_.packed.start[user + 1] - first;
     if (!queries) continue;
-    TopKBuffer& buffer = group_.buffer(slot_, user);
-    uint32_t survivors = rows_present & prune(dots + first * stride, stride, queries, bias, buffer.threshold(), scores);
-    for (; survivors; survivors &= survivors - 1) {
-      const int i = __builtin_ctz(survivors);
-      const uint64_t key = pack_key(scores[i], static_cast<uint32_t>(row + i));
-      if (key >= buffer.floor() && request_.filter.allows(group_.first_user + user, row + i)) buffer.push(key);
-    }
+    const float threshold = results_.threshold(slot_, user);
+    const uint32_t survivors = rows_present & prune(dots + first * stride, stride, queries, bias, threshold, scores);
+    if (survivors) results_.take(slot_, user, row, survivors, scores);
   }
 }
 
 // Upper bounds of one tile for the users of a slice, and exact scores of the survivors.
-void Scanner::select_bounded(const Slice& slice, int64_t row, int64_t column) {
+template <class Results>
+void Scanner<Results>::select_bounded(const Slice& slice, int64_t row, int64_t column) {
   const int64_t stride = group_.bounds.score->panel_rows;
   const float* scales = work_.scales.data() + column;
   const float* lengths = work_.lengths.data() + column;
@@ -125,18 +133,16 @@ void Scanner::select_bounded(const Slice& slice, int64_t row, int64_t column) {
     const float* slack = group_.bounds.slack.data() + first;
     float relative = 0, offset = 0;
     if (request_.reduce == Reduce::kLogSumExp) log_sum_exp_excess(queries, &relative, &offset);
-    TopKBuffer& buffer = group_.buffer(slot_, user);
     uint32_t survivors = kernels_.prune_bound(cheap, stride, queries, slack, scales, lengths, relative, offset, bias,
-                                              buffer.threshold());
+                                              results_.threshold(slot_, user));
     for (; survivors; survivors &= survivors - 1) {
       const int i = __builtin_ctz(survivors);
       if (!request_.filter.allows(group_.first_user + user, row + i)) continue;
       ++rescored_;
       const Bounded bounded{cheap + i, scales[i], lengths[i]};
       float score;
-      if (!rescore(user, row + i, bounded, bias ? bias[i] : 0.0f, buffer.threshold(), &score)) continue;
-      const uint64_t key = pack_key(score, static_cast<uint32_t>(row + i));
-      if (key >= buffer.floor()) buffer.push(key);
+      if (rescore(user, row + i, bounded, bias ? bias[i] : 0.0f, results_.threshold(slot_, user), &score))
+        results_.take_one(slot_, user, row + i, score);
     }
   }
 }
@@ -144,7 +150,8 @@ void Scanner::select_bounded(const Slice& slice, int64_t row, int64_t column) {
 // The exact score of a survivor; false where it is NaN or below the threshold. Under max only queries whose own bound
 // reaches the threshold are asked: if the score reaches it, the winner is among them. All are where the row is not
 // finite, as in prune_bound.
-bool Scanner::rescore(int64_t user, int64_t row, const Bounded& bounded, float bias, float threshold, float* score) {
+template <class Results>
+bool Scanner<Results>::rescore(int64_t user, int64_t row, const Bounded& bounded, float bias, float threshold, float* score) {
   const int64_t first = group_.packed.start[user], queries = group_.packed.start[user + 1] - first;
   const int64_t stride = group_.bounds.score->panel_rows, padded = group_.padded;
   const float* query = group_.packed.rows.data() + first * padded;
@@ -169,14 +176,7 @@ bool Scanner::rescore(int64_t user, int64_t row, const Bounded& bounded, float b
   return *score >= threshold;
 }
 
-void Scanner::adopt_floors() {
-  for (int64_t user = 0; user < group_.users; ++user)
-    group_.buffer(slot_, user).raise_floor(group_.floors[user].load(std::memory_order_relaxed));
-}
-
-void Scanner::publish_floors() {
-  for (int64_t user = 0; user < group_.users; ++user)
-    raise_shared_floor(group_.floors[user], group_.buffer(slot_, user).floor());
-}
+template class Scanner<TopKResults>;
+template class Scanner<PartitionResults>;
 
 }  // namespace urm

@@ -1,4 +1,4 @@
-// One thread's walk over its share of the rows.
+// One thread's walk over its share of the rows. `Results` says which scores are still of use and takes those that are.
 #pragma once
 
 #include "group.h"
@@ -7,13 +7,15 @@
 
 namespace urm {
 
+template <class Results>
 class Scanner {
  public:
-  Scanner(Group& group, Workspace& work, int slot)
+  Scanner(Group& group, Workspace& work, Results& results, int slot)
       : group_(group),
         request_(group.request),
         kernels_(*group.request.kernels),
         work_(work),
+        results_(results),
         slot_(slot),
         pace_(group.request.scan) {}
 
@@ -26,7 +28,7 @@ class Scanner {
   void scan_panels(int64_t begin, int64_t end);
   void scan_bounded(int64_t begin, int64_t end);
 
-  void select(int64_t row, int64_t count, const float* dots, int64_t stride);
+  void select(int64_t row, int64_t count, float* dots, int64_t stride);
   void select_bounded(const Slice& slice, int64_t row, int64_t column);
   // What is known of one row: cheap scores of the user's queries, panel_rows apart, and its side of the bound.
   struct Bounded {
@@ -35,13 +37,11 @@ class Scanner {
   };
   bool rescore(int64_t user, int64_t row, const Bounded& bounded, float bias, float threshold, float* score);
 
-  void adopt_floors();
-  void publish_floors();
-
   Group& group_;
   const ScanRequest& request_;
   const Kernels& kernels_;
   Workspace& work_;
+  Results& results_;
   const int slot_;
   Pace pace_;
   int64_t rescored_ = 0;

@@ -15,9 +15,8 @@ bool upper_bounds(const QueriesView& queries, const MatrixView& items, const Ker
   request.items = items;
   request.kernels = &kernels;
   request.scan = ScanMode::kBounded;
-  const int64_t padded = round_up(std::max<int64_t>(queries.r, 1), kLanes), n = items.rows;
-  Group group{request, 0, queries.users, padded, pack_queries(queries, Reduce::kMax, 0, queries.users, padded)};
-  group.bounds = make_bounds(request, group.packed, queries.users, padded);
+  const int64_t padded = padded_columns(queries), n = items.rows;
+  Group group(request, 0, queries.users, padded);
   if (!group.bounds.score) return false;
   const CheapScore& cheap = *group.bounds.score;
   Workspace work(group);

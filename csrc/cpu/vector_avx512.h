@@ -14,15 +14,27 @@ struct Vector {
   static Vector broadcast(float x) { return {_mm512_set1_ps(x)}; }
   static Vector fma(Vector x, Vector y, Vector z) { return {_mm512_fmadd_ps(x.v, y.v, z.v)}; }
   static Vector multiply(Vector x, Vector y) { return {_mm512_mul_ps(x.v, y.v)}; }
+  static Vector divide(Vector x, Vector y) { return {_mm512_div_ps(x.v, y.v)}; }
+  static Vector round(Vector x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   static Vector add(Vector x, Vector y) { return {_mm512_add_ps(x.v, y.v)}; }
   static Vector max(Vector x, Vector y) { return {_mm512_max_ps(x.v, y.v)}; }
   static Vector abs(Vector x) { return {_mm512_abs_ps(x.v)}; }
   static uint32_t unordered(Vector x) { return _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q); }
   static uint32_t less(Vector x, Vector y) { return _mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ); }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store_integers(int32_t* p) const { _mm512_storeu_si512(p, _mm512_cvtps_epi32(v)); }
 
   static Vector widen(const char* row, DType dtype, int64_t e) {
     if (dtype == DType::kFloat32) return load(reinterpret_cast<const float*>(row) + e);
+    if (dtype == DType::kFloat8) {
+      const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + e)));
+      const __m256i magnitude = _mm256_and_si256(x, _mm256_set1_epi16(0x7F));
+      const __m256i finite = _mm256_slli_epi16(magnitude, 7);
+      const __mmask16 nan = _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x7F));
+      const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x80)), 8);
+      const __m256i half = _mm256_or_si256(sign, _mm256_mask_mov_epi16(finite, nan, _mm256_set1_epi16(0x7E00)));
+      return {_mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(kHalfToFloat8))};
+    }
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 2 * e));
     if (dtype == DType::kFloat16) return {_mm512_cvtph_ps(half)};
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
@@ -30,6 +42,8 @@ struct Vector {
 
   static float widen_one(const char* row, DType dtype, int64_t e) {
     if (dtype == DType::kFloat32) return reinterpret_cast<const float*>(row)[e];
+    if (dtype == DType::kFloat8)
+      return _cvtsh_ss(half_of_float8(reinterpret_cast<const uint8_t*>(row)[e])) * kHalfToFloat8;
     const uint16_t half = reinterpret_cast<const uint16_t*>(row)[e];
     if (dtype == DType::kFloat16) return _cvtsh_ss(half);
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(half << 16)));

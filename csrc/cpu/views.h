@@ -5,11 +5,11 @@
 
 namespace urm {
 
-enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat8 = 3 };  // kFloat8: e4m3fn
 
 // Internal linkage throughout: these are compiled into files for different instruction sets.
 static inline int64_t element_bytes(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : 2;
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kFloat8 ? 1 : 2;
 }
 
 // A strided [rows, columns] array; any stride, 0 included.
@@ -25,6 +25,35 @@ struct MatrixView {
 static inline const char* row_address(const MatrixView& view, int64_t row) {
   return static_cast<const char*>(view.data) + row * view.row_stride * element_bytes(view.dtype);
 }
+
+// Elements [first, first + count) of a [1, n] view.
+static inline MatrixView part_of(MatrixView vector, int64_t first, int64_t count) {
+  vector.data = static_cast<const char*>(vector.data) + first * vector.column_stride * element_bytes(vector.dtype);
+  vector.columns = count;
+  return vector;
+}
+
+// Every step-th row.
+static inline MatrixView every(MatrixView items, int64_t step) {
+  items.rows /= step;
+  items.row_stride *= step;
+  return items;
+}
+
+// Every step-th element of a [1, n] view.
+static inline MatrixView every_column(MatrixView vector, int64_t step) {
+  vector.columns /= step;
+  vector.column_stride *= step;
+  return vector;
+}
+
+// A half with the value of an e4m3fn number / 2^8: the conversion from half then takes subnormals as they are.
+static inline uint16_t half_of_float8(uint8_t x) {
+  const uint16_t magnitude = x & 0x7F;
+  return static_cast<uint16_t>((x & 0x80) << 8 | (magnitude == 0x7F ? 0x7E00 : magnitude << 7));
+}
+
+constexpr float kHalfToFloat8 = 256.0f;
 
 enum class Reduce : int { kMax = 0, kSum = 1, kMean = 2, kLogSumExp = 3 };
 

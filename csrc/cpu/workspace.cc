@@ -1,6 +1,7 @@
 #include "workspace.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace urm {
 namespace {
@@ -9,6 +10,42 @@ constexpr int64_t kCachedBytes = 1 << 20;  // a table that stays in the second-l
 
 bool is_padded_fp32(const MatrixView& items, int64_t padded) {
   return items.dtype == DType::kFloat32 && items.column_stride == 1 && items.columns == padded;
+}
+
+// Elements [row, row + count) of a vector that belongs to the table, those of replaced rows from the overlay.
+const float* vector_of(const Group& group, const MatrixView& vector, const MatrixView& replacement, int64_t row,
+                       int64_t count, float* out) {
+  const auto widen = [&](const MatrixView& from, int64_t first, int64_t last, float* to) {
+    if (first < last) group.request.kernels->widen(part_of(from, first, last - first), last - first, to);
+  };
+  int64_t done = row;
+  group.request.overlay.each(row, count, [&](int64_t place, int64_t lane) {
+    widen(vector, done, row + lane, out + (done - row));
+    widen(replacement, place, place + 1, out + lane);
+    done = row + lane + 1;
+  });
+  widen(vector, done, row + count, out + (done - row));
+  std::fill(out + count, out + round_up(count, kLanes), 0.0f);
+  return out;
+}
+
+// 16 bfloat16 rows as they lie, or a copy where some have been replaced.
+const void* bfloat16_tile_of(const Group& group, Workspace& work, int64_t row, int64_t* stride_bytes) {
+  const MatrixView& items = group.request.items;
+  const Overlay& overlay = group.request.overlay;
+  const int64_t row_bytes = items.columns * element_bytes(items.dtype);
+  const char* from[kLanes] = {};
+  bool replaced = false;
+  overlay.each(row, kLanes, [&](int64_t place, int64_t lane) {
+    from[lane] = row_address(overlay.items, place);
+    replaced = true;
+  });
+  *stride_bytes = items.row_stride * element_bytes(items.dtype);
+  if (!replaced) return row_address(items, row);
+  *stride_bytes = row_bytes;
+  for (int64_t i = 0; i < kLanes; ++i)
+    std::memcpy(work.cheap_rows.data() + i * row_bytes, from[i] ? from[i] : row_address(items, row + i), row_bytes);
+  return work.cheap_rows.data();
 }
 
 }  // namespace
@@ -20,7 +57,10 @@ Workspace::Workspace(const Group& group) {
   if (!group.direct()) panel.resize(kernels.panel_rows * group.padded);
   dots.resize(round_up(group.packed.total, kQueryGroup) * kernels.panel_rows);
   bias.resize(std::max(kernels.panel_rows, cheap ? cheap->panel_rows : 0));
+  row_scale.resize(bias.size());
   if (!cheap) return;
+  if (group.bounds.rows == DType::kBFloat16 && group.request.overlay.count)
+    cheap_rows.resize(kLanes * group.request.items.columns * element_bytes(DType::kBFloat16));
   cheap_panel.resize(cheap->panel_bytes(group.padded));
   cheap_dots.resize(group.bounds.widest * cheap->panel_rows);
   scales.resize(cheap->panel_rows);
@@ -31,17 +71,37 @@ Workspace::Workspace(const Group& group) {
 
 const float* tile_of(const Group& group, Workspace& work, int64_t row, int64_t count, int64_t* stride) {
   const MatrixView& items = group.request.items;
+  const Kernels& kernels = *group.request.kernels;
+  const Overlay& overlay = group.request.overlay;
+  float* rows = work.rows.data();
+  *stride = group.padded;
+  int64_t present[kLanes];
+  bool replaced = false;
+  overlay.each(row, count, [&](int64_t, int64_t lane) {
+    if (!replaced)
+      for (int64_t i = 0; i < count; ++i) present[i] = row + i;
+    present[lane] = -1;
+    replaced = true;
+  });
+  if (replaced) {
+    kernels.gather(items, present, count, group.padded, rows);
+    overlay.each(row, count, [&](int64_t place, int64_t lane) {
+      kernels.gather(overlay.items, &place, 1, group.padded, rows + lane * group.padded);
+    });
+    return rows;
+  }
   if (is_padded_fp32(items, group.padded) && count == kLanes) {
     *stride = items.row_stride;
     return reinterpret_cast<const float*>(row_address(items, row));
   }
-  group.request.kernels->stage(items, row, count, group.padded, work.rows.data());
-  *stride = group.padded;
-  return work.rows.data();
+  kernels.stage(items, row, count, group.padded, rows);
+  return rows;
 }
 
 const float* row_of(const Group& group, Workspace& work, int64_t row) {
-  const MatrixView& items = group.request.items;
+  const int64_t replaced = group.request.overlay.of(row);
+  const MatrixView& items = replaced < 0 ? group.request.items : group.request.overlay.items;
+  if (replaced >= 0) row = replaced;
   if (is_padded_fp32(items, group.padded)) return reinterpret_cast<const float*>(row_address(items, row));
   MatrixView one = items;
   one.data = row_address(items, row);
@@ -53,12 +113,14 @@ const float* row_of(const Group& group, Workspace& work, int64_t row) {
 void stage_cheap(const Group& group, Workspace& work, int64_t row, int64_t column) {
   const MatrixView& items = group.request.items;
   const CheapScore& cheap = *group.bounds.score;
-  const void* rows = row_address(items, row);
-  int64_t stride_bytes = items.row_stride * element_bytes(items.dtype);
+  const void* rows;
+  int64_t stride_bytes;
   if (group.bounds.rows == DType::kFloat32) {
     int64_t stride;
     rows = tile_of(group, work, row, kLanes, &stride);
     stride_bytes = stride * static_cast<int64_t>(sizeof(float));
+  } else {
+    rows = bfloat16_tile_of(group, work, row, &stride_bytes);
   }
   cheap.stage(rows, group.bounds.rows, stride_bytes, group.padded, static_cast<int>(column),
               memory_of(items, row + cheap.panel_rows, kLanes), work.cheap_panel.data(), work.scales.data() + column,
@@ -66,11 +128,11 @@ void stage_cheap(const Group& group, Workspace& work, int64_t row, int64_t colum
 }
 
 const float* bias_of(const Group& group, Workspace& work, int64_t row, int64_t count) {
-  MatrixView part = group.request.bias;
-  part.data = static_cast<const char*>(part.data) + row * part.column_stride * element_bytes(part.dtype);
-  part.columns = count;
-  group.request.kernels->widen(part, round_up(count, kLanes), work.bias.data());
-  return work.bias.data();
+  return vector_of(group, group.request.bias, group.request.overlay.bias, row, count, work.bias.data());
+}
+
+const float* row_scale_of(const Group& group, Workspace& work, int64_t row, int64_t count) {
+  return vector_of(group, group.request.row_scale, group.request.overlay.row_scale, row, count, work.row_scale.data());
 }
 
 Ahead memory_of(const MatrixView& items, int64_t row, int64_t count) {

@@ -7,8 +7,9 @@ namespace urm {
 
 // Allocated before the threads start.
 struct Workspace {
-  AlignedVector<float> rows, panel, dots, bias;
+  AlignedVector<float> rows, panel, dots, bias, row_scale;
   AlignedVector<char> cheap_panel{};
+  AlignedVector<char> cheap_rows{};
   AlignedVector<float> cheap_dots{}, scales{}, lengths{}, row{}, user_dots{};
 
   explicit Workspace(const Group& group);
@@ -40,6 +41,7 @@ const float* row_of(const Group& group, Workspace& work, int64_t row);
 void stage_cheap(const Group& group, Workspace& work, int64_t row, int64_t column);
 
 const float* bias_of(const Group& group, Workspace& work, int64_t row, int64_t count);
+const float* row_scale_of(const Group& group, Workspace& work, int64_t row, int64_t count);
 
 // Where rows follow each other without a gap, the memory of `count` of them; nothing where the cache holds the table.
 Ahead memory_of(const MatrixView& items, int64_t row, int64_t count);

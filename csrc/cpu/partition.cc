@@ -1,0 +1,34 @@
+#include <algorithm>
+
+#include "float_environment.h"
+#include "guess.h"
+#include "partition_results.h"
+#include "run_scan.h"
+
+namespace urm {
+namespace {
+
+bool scan_group(const PartitionRequest& request, int64_t first, int64_t last, int64_t padded) {
+  Group group(request, first, last, padded);
+  PartitionResults results(group, request.temperature);
+  if (group.bounds.score) {
+    const AlignedVector<float> best = best_of_sample(request, first, last);
+    for (int64_t user = 0; user < static_cast<int64_t>(best.size()); ++user) results.expect(user, best[user]);
+  }
+  if (!run_scan(group, results)) return false;
+  for (int64_t user = 0; user < group.users; ++user)
+    request.out[first + user] = log_of_sum(results.sums_of(user), group.threads, group.users);
+  return true;
+}
+
+}  // namespace
+
+bool scan_partition(const PartitionRequest& request) {
+  const DefaultFloatEnvironment environment;
+  const int64_t padded = padded_columns(request.queries), users = users_of_group(request.queries);
+  for (int64_t first = 0; first < request.queries.users; first += users)
+    if (!scan_group(request, first, std::min(request.queries.users, first + users), padded)) return false;
+  return true;
+}
+
+}  // namespace urm
