@@ -6,6 +6,8 @@ wait for a device. Values (row indices out of range) are checked inside the ops.
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 
 import torch
@@ -21,10 +23,10 @@ def _shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
-def floats(name: str, tensor: Tensor) -> None:
+def floats(name: str, tensor: Tensor, *, float8: bool = False) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: a torch.Tensor is wanted, {type(tensor).__name__} came")
-    if tensor.dtype not in FLOATS:
+    if tensor.dtype not in FLOATS and not (float8 and tensor.dtype == torch.float8_e4m3fn):
         raise TypeError(f"{name}: dtype float32, float16, bfloat16 or float64 is wanted, {tensor.dtype} came")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: a dense (strided) tensor is wanted, layout {tensor.layout} came")
@@ -58,15 +60,65 @@ def queries(queries: Tensor, projection: Tensor | None) -> Tensor:
     return queries if queries.dtype in (torch.float32, torch.float64) else queries.to(torch.float32)
 
 
-def items(items: Tensor, queries: Tensor) -> int:
+def width(name: str, items: Tensor, queries: Tensor) -> None:
+    if items.dim() != 2 or items.shape[1] != queries.shape[2]:
+        raise ValueError(f"{name}: shape [N, r] with r = {queries.shape[2]} is wanted, {_shape(items)} came")
+
+
+def items(items: Tensor, queries: Tensor) -> None:
     floats("items", items)
     same_device("items", items, queries.device)
-    if items.dim() != 2 or items.shape[1] != queries.shape[2]:
-        raise ValueError(f"items: shape [N, r] with r = {queries.shape[2]} is wanted, {_shape(items)} came")
-    rows = items.shape[0]
+    width("items", items, queries)
+    number_of_rows("items", items.shape[0])
+
+
+def table(
+    factors: Tensor,
+    text: Tensor | None,
+    text_projection: Tensor | None,
+    row_scale: Tensor | None,
+    bias: Tensor | None,
+    trainable: bool,
+) -> None:
+    """The parts of an ItemTable."""
+    floats("factors", factors, float8=True)
+    if factors.dim() != 2:
+        raise ValueError(f"factors: shape [N, r] is wanted, {_shape(factors)} came")
+    rows, r = factors.shape
+    number_of_rows("factors", rows)
+    if (text is None) != (text_projection is None):
+        raise ValueError("text, text_projection: both are wanted, or neither")
+    if text is not None and text_projection is not None:
+        floats("text", text)
+        floats("text_projection", text_projection)
+        same_device("text", text, factors.device)
+        same_device("text_projection", text_projection, factors.device)
+        if text.dim() != 2 or text.shape[0] != rows:
+            raise ValueError(f"text: shape [N, t] with N = {rows} is wanted, {_shape(text)} came")
+        if _shape(text_projection) != [text.shape[1], r]:
+            raise ValueError(
+                f"text_projection: shape [t, r] = [{text.shape[1]}, {r}] is wanted, {_shape(text_projection)} came"
+            )
+    for name, vector in (("row_scale", row_scale), ("bias", bias)):
+        per_row(name, vector, rows, factors.device)
+    if trainable and factors.dtype == torch.float8_e4m3fn:
+        raise TypeError("trainable: float8 factors have no gradients; train in float32 and convert")
+
+
+def rows(name: str, rows: Tensor, count: int, device: torch.device | None) -> None:
+    """Numbers of rows that exist, int64 [n]; looks at the values."""
+    _typed(name, rows, (torch.int64,), rows.device if device is None and isinstance(rows, Tensor) else device)
+    if rows.dim() != 1:
+        raise ValueError(f"{name}: shape [n] is wanted, {_shape(rows)} came")
+    if rows.numel():
+        low, high = (int(bound) for bound in rows.aminmax())
+        if low < 0 or high >= count:
+            raise ValueError(f"{name}: rows from 0 to {count - 1} are wanted, {low if low < 0 else high} came")
+
+
+def number_of_rows(name: str, rows: int) -> None:
     if rows > MAX_ROWS:
-        raise ValueError(f"items: at most {MAX_ROWS} rows are possible, {rows} came; split the table")
-    return rows
+        raise ValueError(f"{name}: at most {MAX_ROWS} rows are possible, {rows} came; split the table")
 
 
 def count(name: str, value: int) -> int:
@@ -111,12 +163,16 @@ def query_mask(mask: Tensor | None, users: int, count: int, device: torch.device
 
 
 def bias(bias: Tensor | None, rows: int, device: torch.device) -> None:
-    if bias is None:
+    per_row("bias", bias, rows, device)
+
+
+def per_row(name: str, vector: Tensor | None, rows: int, device: torch.device) -> None:
+    if vector is None:
         return
-    floats("bias", bias)
-    same_device("bias", bias, device)
-    if bias.dim() != 1 or bias.shape[0] != rows:
-        raise ValueError(f"bias: shape [N] = [{rows}] is wanted, {_shape(bias)} came")
+    floats(name, vector)
+    same_device(name, vector, device)
+    if vector.dim() != 1 or vector.shape[0] != rows:
+        raise ValueError(f"{name}: shape [N] = [{rows}] is wanted, {_shape(vector)} came")
 
 
 def mask(mask: Tensor | None, users: int, rows: int, device: torch.device) -> None:
@@ -137,10 +193,37 @@ def exclude(exclude: Tensor | None, users: int, device: torch.device) -> None:
         raise ValueError(f"exclude: shape [B, E] with B = {users} is wanted, {_shape(exclude)} came")
 
 
-def _typed(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+def candidates(candidates: Tensor, users: int, device: torch.device) -> None:
+    _typed("candidates", candidates, (torch.int64,), device)
+    if candidates.dim() not in (1, 2) or (candidates.dim() == 2 and candidates.shape[0] != users):
+        raise ValueError(f"candidates: shape [B, C] with B = {users}, or [C], is wanted, {_shape(candidates)} came")
+
+
+def temperature(temperature: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A scalar of the dtype of computation. A tensor's value is looked at on the CPU only."""
+    if isinstance(temperature, Tensor):
+        floats("temperature", temperature)
+        same_device("temperature", temperature, device)
+        if temperature.dim():
+            raise ValueError(f"temperature: a scalar is wanted, shape {_shape(temperature)} came")
+        temperature = temperature.to(dtype)
+        if device.type != "cpu" or torch.compiler.is_compiling():
+            return temperature
+        value = temperature.item()
+    elif isinstance(temperature, numbers.Real) and not isinstance(temperature, bool):
+        value = float(temperature)
+    else:
+        raise TypeError(f"temperature: a number or a scalar tensor is wanted, {temperature!r} came")
+    if not 0 < value < math.inf:
+        raise ValueError(f"temperature: a positive finite number is wanted, {value} came")
+    return temperature if isinstance(temperature, Tensor) else torch.tensor(value, dtype=dtype, device=device)
+
+
+def _typed(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device | None) -> None:
     wanted = " or ".join(str(dtype) for dtype in dtypes)
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: a torch.Tensor of {wanted} is wanted, {type(tensor).__name__} came")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: dtype {wanted} is wanted, {tensor.dtype} came")
-    same_device(name, tensor, device)
+    if device is not None:
+        same_device(name, tensor, device)

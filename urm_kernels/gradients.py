@@ -1,26 +1,33 @@
-"""Gradients of a top-k result: only the rows returned take part, and the dots are recomputed, never stored."""
+"""Gradients by recomputation: dots are formed again, never stored.
+
+Scores of chosen rows (score_topk, score_candidates) need these rows only; log_partition needs all, some at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from .backends.reference import allowed_rows, combine_queries
+from .backends.table_view import TableView, gather_rows
+
 _CHUNK = 1 << 22  # weights [users, M, k] held at a time
+_PARTITION_CHUNK = 1 << 20  # dots [users, M, rows] held at a time: 4 MiB, and a few temporaries of that size
 
 
-def topk_gradients(
+def row_gradients(
     grad_scores: Tensor,
     ids: Tensor,
     queries: Tensor,
-    items: Tensor,
+    table: TableView,
     query_mask: Tensor | None,
     reduce: str,
     rows: bool,
-    candidate_dots: Callable[[Tensor, Tensor, Tensor], Tensor],
+    backend: ModuleType,
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of queries [B, M, r], gradient of every returned row [B, k, r] or empty [0] without ``rows``).
+    """(gradient of queries [B, M, r], gradient of every chosen row [B, k, r] or empty [0] without ``rows``).
 
     d score[b, j] / d dot[b, m, j] is the weight of query m: 1 for the winner under max (the lowest m on ties), the
     softmax under logsumexp, 1 or 1 / count for the sums. Pads have weight 0.
@@ -29,44 +36,116 @@ def topk_gradients(
     dtype = grad_scores.dtype
     grad_queries = queries.new_zeros((users, count, r))
     grad_rows = grad_scores.new_zeros((*ids.shape, r) if rows else (0,))
-    if items.shape[0] == 0 or ids.numel() == 0 or count == 0:
+    if table.items.shape[0] == 0 or ids.numel() == 0 or count == 0:
         return grad_queries, grad_rows
     step = max(1, _CHUNK // (count * ids.shape[1]))
     for first in range(0, users, step):
         part = slice(first, first + step)
-        exists = None if query_mask is None else query_mask[part]
+        exists = _all_exist(queries[part]) if query_mask is None else query_mask[part]
         # What takes no part is cut out, not multiplied by zero: 0 x inf would be NaN.
         idle = (ids[part] < 0) | (grad_scores[part] == 0)
-        weight = _weights(queries[part], items, ids[part], exists, reduce, candidate_dots).to(dtype)
+        dots = None
+        if reduce in ("max", "logsumexp"):
+            dots = backend.candidate_dots(queries[part], table, ids[part])
+        weight = query_weights(dots, exists, reduce).to(dtype)
         weight = (weight * grad_scores[part][:, None]).masked_fill(idle[:, None], 0)
-        taken = items[ids[part].clamp(min=0)].to(dtype).masked_fill(idle[..., None], 0)
-        grad_queries[part] = _existing(weight @ taken, exists)
+        taken = ids[part].clamp(min=0)
+        if table.row_scale is not None:
+            weight = weight * table.row_scale[taken].to(dtype)[:, None]
+        values = gather_rows(table.items, taken).to(dtype).masked_fill(idle[..., None], 0)
+        grad_queries[part] = _existing(weight @ values, exists)
         if rows:
             grad_rows[part] = weight.transpose(1, 2) @ _existing(queries[part], exists).to(dtype)
     return grad_queries, grad_rows
 
 
-def _existing(queries: Tensor, exists: Tensor | None) -> Tensor:
-    return queries if exists is None else queries.masked_fill(~exists[..., None], 0)
-
-
-def _weights(
+def partition_gradients(
+    grad: Tensor,
+    logarithms: Tensor,
     queries: Tensor,
-    items: Tensor,
-    ids: Tensor,
-    exists: Tensor | None,
+    table: TableView,
+    query_mask: Tensor | None,
     reduce: str,
-    candidate_dots: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Tensor:
-    """[B, M, k]; zero for queries that do not exist."""
-    if exists is None:
-        exists = torch.ones(queries.shape[:2], dtype=torch.bool, device=queries.device)
+    mask: Tensor | None,
+    exclude: Tensor | None,
+    temperature: Tensor,
+    backend: ModuleType,
+    needs_items: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of queries [B, M, r], items [N, r], bias [N] (empty where not needed) and temperature of log_partition.
+
+    A row's share of a user's sum is p = exp(score / T - log_partition); d log_partition / d score = p / T. Sums over
+    rows are formed in float64.
+    """
+    users, count, r = queries.shape
+    rows = table.items.shape[0]
+    dtype, device = grad.dtype, grad.device
+    grad_queries = torch.zeros((users, count, r), dtype=torch.float64, device=device)
+    grad_items = grad.new_zeros((rows, r) if needs_items else (0,))
+    grad_bias = grad.new_zeros((rows,) if needs_bias else (0,))
+    grad_temperature = torch.zeros((), dtype=torch.float64, device=device)
+    exists = _all_exist(queries) if query_mask is None else query_mask
+    adds = reduce in ("sum", "mean")
+    # Dots of one query a user where they are linear; its gradient is handed on to the user's queries at the end.
+    asked, asked_exist = combine_queries(queries.to(dtype), exists, reduce) if adds else (queries.to(dtype), exists)
+    step = max(1, _PARTITION_CHUNK // max(1, users * asked.shape[1]))
+    grad_asked = torch.zeros(asked.shape, dtype=torch.float64, device=device)
+    finite = torch.isfinite(logarithms)
+    for first in range(0, rows if users and count else 0, step):
+        at = torch.arange(first, min(first + step, rows), device=device)
+        dots = backend.candidate_dots(asked, table, at)
+        weight = query_weights(dots, asked_exist, "max" if adds else reduce)
+        scores = _reduced(dots, asked_exist, reduce)
+        part = slice(first, first + len(at))
+        if table.bias is not None:
+            scores = scores + table.bias[part].to(dtype)
+        scores = scores / temperature
+        counts = allowed_rows(at, users, mask, exclude, table.alive) & finite[:, None] & ~torch.isnan(scores)
+        share = torch.exp(scores - logarithms[:, None]).masked_fill(~counts, 0) * grad[:, None] / temperature
+        grad_temperature -= (share * scores.masked_fill(share == 0, 0)).sum(dtype=torch.float64)
+        if needs_bias:
+            grad_bias[part] = share.sum(0)
+        # What takes no part is cut out, not multiplied by zero: 0 x inf would be NaN.
+        weight = (weight.to(dtype) * share[:, None]).masked_fill((share == 0)[:, None], 0)
+        if table.row_scale is not None:
+            weight = weight * table.row_scale[part].to(dtype)
+        flat = weight.flatten(0, 1)
+        idle = (share == 0).all(0)
+        values = table.items[part].to(dtype).masked_fill(idle[:, None], 0)
+        grad_asked += (flat @ values).view(asked.shape)
+        if needs_items:
+            grad_items[part] = flat.T @ _existing(asked, asked_exist).flatten(0, 1)
+    if adds:
+        share_of_query = query_weights(None, exists, reduce).double()
+        grad_queries = grad_asked * share_of_query
+    else:
+        grad_queries = grad_asked
+    return _existing(grad_queries, exists).to(queries.dtype), grad_items, grad_bias, grad_temperature.to(dtype)
+
+
+def _all_exist(queries: Tensor) -> Tensor:
+    return torch.ones(queries.shape[:2], dtype=torch.bool, device=queries.device)
+
+
+def _existing(queries: Tensor, exists: Tensor) -> Tensor:
+    return queries.masked_fill(~exists[..., None], 0)
+
+
+def _reduced(dots: Tensor, exists: Tensor, reduce: str) -> Tensor:
+    dots = dots.masked_fill(~exists[..., None], -torch.inf)
+    return torch.logsumexp(dots, 1) if reduce == "logsumexp" else dots.amax(1)
+
+
+def query_weights(dots: Tensor | None, exists: Tensor, reduce: str) -> Tensor:
+    """d score / d dot, [B, M, n], or [B, M, 1] for the sums, which need no dots; zero for queries that do not exist."""
     if reduce in ("sum", "mean"):
-        weight = exists.to(queries.dtype)
+        weight = exists.to(torch.float64)
         if reduce == "mean":
             weight = weight / exists.sum(1, keepdim=True).clamp(min=1)
-        return weight[..., None].expand(-1, -1, ids.shape[1])
-    dots = candidate_dots(queries, items, ids).masked_fill(~exists[..., None], -torch.inf)
+        return weight[..., None]
+    assert dots is not None
+    dots = dots.masked_fill(~exists[..., None], -torch.inf)
     if reduce == "logsumexp":
         return torch.softmax(dots, 1).masked_fill(~exists[..., None], 0)
     wins = (dots == dots.amax(1, keepdim=True)) & exists[..., None]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from . import checks, ops
-from .table import ItemTable
+from .interop import as_tensor, in_kind
+from .table import ItemTable, Serving
 
 Reduce = Literal["max", "sum", "mean", "logsumexp"]
 
@@ -21,6 +22,10 @@ class TopK(NamedTuple):
 
     scores: Tensor
     ids: Tensor
+
+    def like(self, array: Any) -> TopK:
+        """The same as arrays of the library that ``array`` is from: NumPy, CuPy, JAX, ...; without gradients."""
+        return in_kind(self, array)
 
 
 def score_topk(
@@ -49,6 +54,9 @@ def score_topk(
     call waits for the device. Scores are canonical dots
     (CONTRACT.md): the same bits on every backend, instruction set, thread count and batch.
 
+    Arrays of NumPy, CuPy, JAX and whatever else has ``__dlpack__`` are taken as they lie, wherever a tensor is;
+    ``result.like(queries)`` gives the result back in their kind.
+
     Args:
         queries: [B, M, r]: M query vectors for each of B users. [B, r] is one query a user, [r] one user.
             float32, float16, bfloat16 (widened exactly) or float64 (reference backend). With ``projection`` the last
@@ -76,24 +84,134 @@ def score_topk(
         TypeError, ValueError: with the argument's name, what came and what was wanted.
         MemoryError, torch.OutOfMemoryError: the result does not fit, on the CPU and on a GPU.
     """
-    if isinstance(items, ItemTable):
-        if items.bias is not None and bias is not None:
-            raise ValueError("bias: given beside an ItemTable that has a bias of its own; pass only one of the two")
-        bias = items.bias if bias is None else bias
-        items = items.factors
-    queries = checks.queries(queries, projection)
-    users, count, _ = queries.shape
-    rows = checks.items(items, queries)
+    table, queries, query_mask = _common(queries, items, projection, query_mask, reduce, bias)
+    users, rows = queries.shape[0], table.items.shape[0]
+    mask, exclude = _filters(mask, exclude, users, rows, queries)
     k = checks.count("k", k)
-    checks.reduce(reduce)
-    checks.query_mask(query_mask, users, count, queries.device)
-    checks.bias(bias, rows, queries.device)
-    checks.mask(mask, users, rows, queries.device)
-    checks.exclude(exclude, users, queries.device)
     checks.flag("sorted", sorted)
     checks.flag("sparse_grad", sparse_grad)
     backend = checks.backend(backend)
     scores, ids = ops.score_topk(
-        queries, items, k, query_mask, reduce, bias, mask, exclude, sorted, sparse_grad, backend
+        queries, *table, k, query_mask, reduce, mask, exclude, sorted, sparse_grad, backend
     )
     return TopK(scores, ids)
+
+
+def score_candidates(
+    queries: Tensor,
+    items: Tensor | ItemTable,
+    candidates: Tensor,
+    *,
+    projection: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    reduce: Reduce = "max",
+    bias: Tensor | None = None,
+    sparse_grad: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Scores [B, C] of chosen items, with the bits that :func:`score_topk` gives them.
+
+    Equals, up to rounding::
+
+        torch.einsum("bmr,bcr->bmc", queries, items[candidates]).amax(1) + bias[candidates]
+
+    without storing the rows [B, C, r] or the dots [B, M, C]: memory beyond the result is a tile a thread.
+
+    Args:
+        candidates: int64 [B, C] row indices, or [C], the same for all users. -1 is no candidate; rows that do not exist
+            raise on the CPU.
+        queries, items, projection, query_mask, reduce, bias, sparse_grad, backend: as in :func:`score_topk`.
+
+    Returns:
+        [B, C] float32 (float64 for float64 input): -inf for -1, removed rows and users without queries; NaN where a
+        product is. Carries gradients to queries, projection, items and bias, as score_topk's scores do; they take
+        memory for the rows [B, C, r].
+
+    Raises:
+        TypeError, ValueError: with the argument's name, what came and what was wanted.
+        MemoryError, torch.OutOfMemoryError: the result does not fit.
+    """
+    table, queries, query_mask = _common(queries, items, projection, query_mask, reduce, bias)
+    candidates = as_tensor("candidates", candidates)
+    checks.candidates(candidates, queries.shape[0], queries.device)
+    checks.flag("sparse_grad", sparse_grad)
+    return ops.score_candidates(
+        queries, *table, candidates, query_mask, reduce, sparse_grad, checks.backend(backend)
+    )
+
+
+def log_partition(
+    queries: Tensor,
+    items: Tensor | ItemTable,
+    *,
+    projection: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    reduce: Reduce = "max",
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    exclude: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """log of the softmax's denominator over all items that :func:`score_topk` could return, [B].
+
+    Equals, up to rounding::
+
+        torch.logsumexp(((queries @ items.T).amax(1) + bias) / temperature, 1)
+
+    without storing the [B, M, N] dots or the [B, N] scores: memory beyond the result is O(B) and a few tiles a thread,
+    backward as well, apart from the gradients themselves. Terms are added as integers by their exponent
+    (csrc/common/exponential_sum.h), so that no order of rows, threads or tiles changes a bit; what is left out is below
+    2**-22 of the sum, and the result is within 2e-6 max(1, largest score) of exact arithmetic.
+
+    Args:
+        temperature: positive number or scalar tensor, which may require a gradient; divides the scores after the bias.
+        queries, items, projection, query_mask, reduce, bias, mask, exclude, backend: as in :func:`score_topk`.
+
+    Returns:
+        [B] float32 (float64 for float64 input); -inf where no item takes part. Items whose score is NaN, which score_topk
+        never returns, take no part; a score of +inf makes it +inf. Carries gradients to queries, projection, items,
+        bias and temperature, by recomputation; none where the result is infinite.
+
+    Raises:
+        TypeError, ValueError: with the argument's name, what came and what was wanted.
+    """
+    table, queries, query_mask = _common(queries, items, projection, query_mask, reduce, bias)
+    users, rows = queries.shape[0], table.items.shape[0]
+    mask, exclude = _filters(mask, exclude, users, rows, queries)
+    temperature = checks.temperature(temperature, ops.library.compute_dtype(queries, table.items), queries.device)
+    return ops.log_partition(
+        queries, *table, query_mask, reduce, mask, exclude, temperature, checks.backend(backend)
+    )
+
+
+def _common(queries, items, projection, query_mask, reduce, bias) -> tuple[Serving, Tensor, Tensor | None]:
+    """What every scoring function takes: (the table's tensors, queries [B, M, r], query_mask)."""
+    queries = as_tensor("queries", queries)
+    projection, query_mask, bias = (
+        as_tensor(name, value)
+        for name, value in (("projection", projection), ("query_mask", query_mask), ("bias", bias))
+    )
+    if isinstance(items, ItemTable):
+        table = items.serving()
+        if table.bias is not None and bias is not None:
+            raise ValueError("bias: given beside an ItemTable that has a bias of its own; pass only one of the two")
+        table = table if bias is None else table._replace(bias=bias)
+        queries = checks.queries(queries, projection)
+        checks.same_device("items", table.items, queries.device)
+        checks.width("items", table.items, queries)
+    else:
+        table = Serving(as_tensor("items", items), bias)
+        queries = checks.queries(queries, projection)
+        checks.items(table.items, queries)
+    checks.reduce(reduce)
+    checks.query_mask(query_mask, *queries.shape[:2], queries.device)
+    checks.bias(table.bias, table.items.shape[0], queries.device)
+    return table, queries, query_mask
+
+
+def _filters(mask, exclude, users: int, rows: int, queries: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    mask, exclude = as_tensor("mask", mask), as_tensor("exclude", exclude)
+    checks.mask(mask, users, rows, queries.device)
+    checks.exclude(exclude, users, queries.device)
+    return mask, exclude

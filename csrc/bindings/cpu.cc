@@ -8,6 +8,7 @@
 
 #include "../cpu/candidates.h"
 #include "../cpu/ceilings.h"
+#include "../cpu/rows.h"
 #include "../cpu/scan.h"
 #include "../cpu/upper_bounds.h"
 
@@ -202,6 +203,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("score_topk", &score_topk);
   m.def("log_partition", &log_partition);
   m.def("score_candidates", &score_candidates, "Scores [users, count], or dots [users, queries, count] not reduced.");
+  m.def(
+      "write_rows",
+      [](uintptr_t target, int64_t stride_bytes, int64_t row_bytes, uintptr_t rows, int64_t count, uintptr_t source) {
+        const py::gil_scoped_release released;
+        urm::write_rows(at<char>(target), stride_bytes, row_bytes, at<int64_t>(rows), count, at<char>(source));
+      },
+      "Copies rows of bytes to their places in a table.");
   m.def(
       "upper_bounds",
       [](const Queries& queries, const Matrix& items, uintptr_t out) {

@@ -1,1 +1,5 @@
-"""Where the work is done. A backend is a module with ``why_not``, ``score_topk`` and ``candidate_dots``."""
+"""Where the work is done.
+
+A backend is a module with ``why_not``, ``ROW_SCALE``, and those of ``score_topk``, ``score_candidates``,
+``log_partition`` and ``candidate_dots`` (for gradients) that it has.
+"""

@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib
 from collections.abc import Collection
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+from .table_view import TableView
+
+ROW_SCALE = True  # whether rows may have a scale
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}
 _REDUCE = {"max": 0, "sum": 1, "mean": 2, "logsumexp": 3}
 _NO_MATRIX = (0, 0, 0, 0, 0, 0)
+_NO_OVERLAY = (0, 0, _NO_MATRIX, _NO_MATRIX, _NO_MATRIX)
 
 _extension: ModuleType | None = None
 _missing: str | None = None
@@ -57,57 +62,127 @@ def threads() -> int:
 
 def score_topk(
     queries: Tensor,
-    items: Tensor,
+    table: TableView,
     k: int,
     query_mask: Tensor | None,
     reduce: str,
-    bias: Tensor | None,
     mask: Tensor | None,
     exclude: Tensor | None,
     sorted: bool,
 ) -> tuple[Tensor, Tensor]:
     """See urm_kernels.score_topk; queries are float32 [B, M, r]."""
-    module = extension()
     users = queries.shape[0]
-    queries = queries.contiguous()
-    query_mask = None if query_mask is None else query_mask.contiguous()
     scores, ids = torch.empty((users, k)), torch.empty((users, k), dtype=torch.int64)
-    bias_view = _NO_MATRIX
-    if bias is not None:
-        bias_view = (bias.data_ptr(), _DTYPES[bias.dtype], 1, bias.shape[0], 0, bias.stride(0))
-    if mask is not None and mask.dtype == torch.uint8 and mask.stride(-1) != 1:
-        mask = mask.contiguous()
-    if exclude is not None:
-        exclude = exclude.sort(dim=1).values.contiguous()
-    module.score_topk(
-        _queries(queries, query_mask),
-        _matrix(items),
-        bias_view,
-        _REDUCE[reduce],
-        _filter(mask, exclude),
-        k,
-        sorted,
-        torch.get_num_threads(),
-        scores.data_ptr(),
-        ids.data_ptr(),
-    )
+    arguments, _held = _scan(queries, table, query_mask, reduce, mask, exclude)
+    extension().score_topk(*arguments, k, sorted, torch.get_num_threads(), scores.data_ptr(), ids.data_ptr())
     return scores, ids
 
 
-def candidate_dots(queries: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
-    """[B, M, C] canonical dots of every query with the user's candidate rows [B, C]; -1 counts as a zero row."""
+def log_partition(
+    queries: Tensor,
+    table: TableView,
+    query_mask: Tensor | None,
+    reduce: str,
+    mask: Tensor | None,
+    exclude: Tensor | None,
+    temperature: Tensor,
+) -> Tensor:
+    """See urm_kernels.log_partition; queries are float32 [B, M, r], temperature a float32 scalar."""
+    out = torch.empty(queries.shape[0])
+    arguments, _held = _scan(queries, table, query_mask, reduce, mask, exclude)
+    extension().log_partition(*arguments, temperature.item(), torch.get_num_threads(), out.data_ptr())
+    return out
+
+
+def score_candidates(
+    queries: Tensor, table: TableView, candidates: Tensor, query_mask: Tensor | None, reduce: str
+) -> Tensor:
+    """See urm_kernels.score_candidates; queries are float32 [B, M, r]."""
+    return _candidates(queries, table, candidates, query_mask, reduce, True)
+
+
+def candidate_dots(queries: Tensor, table: TableView, candidates: Tensor) -> Tensor:
+    """[B, M, C] dots of every query with candidate rows, [B, C] or the same [C] for all; -1 counts as a zero row."""
+    return _candidates(queries, table, candidates, None, "max", False)
+
+
+def _candidates(
+    queries: Tensor, table: TableView, candidates: Tensor, query_mask: Tensor | None, reduce: str, reduced: bool
+) -> Tensor:
     queries, candidates = queries.contiguous(), candidates.contiguous()
+    query_mask = None if query_mask is None else query_mask.contiguous()
     users, count, _ = queries.shape
-    out = torch.empty((users, count, candidates.shape[1]), dtype=torch.float32)
-    extension().candidate_dots(
-        _queries(queries, None),
-        _matrix(items),
+    width = candidates.shape[-1]
+    out = torch.empty((users, width) if reduced else (users, count, width))
+    extension().score_candidates(
+        _queries(queries, query_mask),
+        _table(table),
+        _REDUCE[reduce],
         candidates.data_ptr(),
-        candidates.shape[1],
+        width,
+        candidates.dim() == 1,
+        reduced,
         torch.get_num_threads(),
         out.data_ptr(),
     )
     return out
+
+
+def can_write_rows(target: Tensor) -> bool:
+    """Whether :func:`write_rows` takes it: elements of a row follow each other in the CPU's memory."""
+    if target.device.type != "cpu" or (target.dim() > 1 and target.stride(-1) != 1):
+        return False
+    return why_not(target.device, ()) is None
+
+
+def write_rows(target: Tensor, rows: Tensor, values: Tensor) -> None:
+    """``target[rows] = values``, which have the target's dtype."""
+    values = values.contiguous()
+    size = target.element_size()
+    width = target.shape[1] if target.dim() == 2 else 1
+    extension().write_rows(
+        target.data_ptr(), target.stride(0) * size, width * size, rows.data_ptr(), len(rows), values.data_ptr()
+    )
+
+
+def _scan(
+    queries: Tensor,
+    table: TableView,
+    query_mask: Tensor | None,
+    reduce: str,
+    mask: Tensor | None,
+    exclude: Tensor | None,
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(the extension's first arguments, tensors that must live as long as these addresses)."""
+    queries = queries.contiguous()
+    query_mask = None if query_mask is None else query_mask.contiguous()
+    if mask is not None and mask.dtype == torch.uint8 and mask.stride(-1) != 1:
+        mask = mask.contiguous()
+    if exclude is not None:
+        exclude = exclude.sort(dim=1).values.contiguous()
+    arguments = (_queries(queries, query_mask), _table(table), _REDUCE[reduce], _filter(mask, exclude))
+    return arguments, (queries, query_mask, mask, exclude)
+
+
+def _table(table: TableView) -> tuple[Any, ...]:
+    items, bias, row_scale, alive, overlay = table
+    newer = _NO_OVERLAY
+    if overlay is not None:
+        rows = overlay.rows
+        newer = (
+            rows.data_ptr(),
+            len(rows),
+            _matrix(overlay.items),
+            _vector(overlay.bias),
+            _vector(overlay.row_scale),
+        )
+    return _matrix(items), _vector(bias), _vector(row_scale), newer, 0 if alive is None else alive.data_ptr()
+
+
+def _vector(vector: Tensor | None) -> tuple[int, int, int, int, int, int]:
+    if vector is None:
+        return _NO_MATRIX
+    return (vector.data_ptr(), _DTYPES[vector.dtype], 1, vector.shape[0], 0, vector.stride(0))
 
 
 def _queries(queries: Tensor, query_mask: Tensor | None) -> tuple[int, int, int, int, int]:

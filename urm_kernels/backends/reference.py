@@ -8,13 +8,17 @@ float64 input is computed by torch's own float64 operations and is for gradient 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..float_mode import default_float_mode
+from .table_view import TableView, gather_rows, rows_of_bits
 
+ROW_SCALE = True  # whether rows may have a scale
 LANES = 16
 _CHUNK_DOTS = 1 << 16  # dots [B, M, rows] held at a time
 
@@ -66,15 +70,23 @@ def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
     return total
 
 
+def minus_logarithms(x: Tensor, n: Tensor) -> Tensor:
+    """x - n ln 2, the operations of csrc/common/log_sum_exp.h."""
+    return fma32(n, _constant(2.12194440e-4, x), fma32(n, _constant(-0.693359375, x), x))
+
+
+def exp_polynomial(f: Tensor) -> Tensor:
+    """exp(f) for small f, the operations of csrc/common/log_sum_exp.h."""
+    return _polynomial((1.98412698e-4, 1.38888889e-3, 8.33333333e-3, 4.16666667e-2, 1.66666667e-1, 0.5, 1.0, 1.0), f)
+
+
 def canonical_exp(x: Tensor) -> Tensor:
     """exp(x) for x <= 0, the operations of csrc/common/log_sum_exp.h."""
     small = ~(x >= -80.0)
     x = x.masked_fill(small, 0.0)
     magic = _constant(12582912.0, x)
     n = fma32(x, _constant(1.44269504088896341, x), magic) - magic
-    f = fma32(n, _constant(-0.693359375, x), x)
-    f = fma32(n, _constant(2.12194440e-4, x), f)
-    p = _polynomial((1.98412698e-4, 1.38888889e-3, 8.33333333e-3, 4.16666667e-2, 1.66666667e-1, 0.5, 1.0, 1.0), f)
+    p = exp_polynomial(minus_logarithms(x, n))
     scale = ((n.to(torch.int32) + 127) << 23).view(torch.float32)
     return (p * scale).masked_fill(small, 0.0)
 
@@ -127,50 +139,182 @@ def reduce_dots(dots: Tensor, exists: Tensor, reduce: str) -> Tensor:
     return canonical_log_sum_exp(dots, exists)
 
 
+def _compute_dtype(queries: Tensor, items: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (queries.dtype, items.dtype) else torch.float32
+
+
+def table_dots(queries: Tensor, rows: Tensor, row_scale: Tensor | None) -> Tensor:
+    """[B, M, n]: queries [B, M, r] with rows [n, r], each row's dots times its scale [n]."""
+    dots = canonical_dots(queries[:, :, None], rows.to(queries.dtype))
+    return dots if row_scale is None else dots * row_scale.to(dots.dtype)
+
+
+class _Chunk(NamedTuple):
+    rows: Tensor  # [n] indices
+    scores: Tensor  # [B, n]
+    allowed: Tensor  # bool [B, n]: may be returned, and are not NaN
+
+
+def _scored(
+    queries: Tensor,
+    table: TableView,
+    query_mask: Tensor | None,
+    reduce: str,
+    mask: Tensor | None,
+    exclude: Tensor | None,
+) -> Iterator[_Chunk]:
+    """The scores of all rows, some rows at a time, ascending."""
+    users = queries.shape[0]
+    dtype = _compute_dtype(queries, table.items)
+    queries = queries.to(dtype)
+    exists = torch.ones(queries.shape[:2], dtype=torch.bool, device=queries.device)
+    exists = exists if query_mask is None else query_mask
+    if reduce in ("sum", "mean"):
+        queries, exists = combine_queries(queries, exists, reduce)
+    if queries.shape[1] == 0 or users == 0:
+        return
+    step = max(LANES, _CHUNK_DOTS // (users * queries.shape[1]))
+    for first in range(0, table.items.shape[0], step):
+        part = slice(first, first + step)
+        scale = None if table.row_scale is None else table.row_scale[part]
+        scores = reduce_dots(table_dots(queries, table.items[part], scale), exists, reduce)
+        if table.bias is not None:
+            scores = scores + table.bias[part].to(dtype)
+        scores = scores + 0.0  # -0 becomes +0
+        rows = torch.arange(first, first + scores.shape[1], device=queries.device)
+        allowed = allowed_rows(rows, users, mask, exclude, table.alive)
+        yield _Chunk(rows, scores, allowed & exists.any(1, keepdim=True) & ~torch.isnan(scores))
+
+
 def score_topk(
     queries: Tensor,
-    items: Tensor,
+    table: TableView,
     k: int,
     query_mask: Tensor | None,
     reduce: str,
-    bias: Tensor | None,
     mask: Tensor | None,
     exclude: Tensor | None,
     sorted: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See urm_kernels.score_topk: chunks of rows are scored and merged into the best k so far."""
+    """See urm_kernels.score_topk; chunks of rows are scored and merged into the best k so far."""
     with default_float_mode(queries.device):
-        users, _, _ = queries.shape
-        dtype = torch.float64 if torch.float64 in (queries.dtype, items.dtype) else torch.float32
+        shape, device = (queries.shape[0], k), queries.device
+        best_scores = torch.full(shape, -torch.inf, dtype=_compute_dtype(queries, table.items), device=device)
+        best_ids = torch.full(shape, -1, dtype=torch.int64, device=device)
+        for chunk in _scored(queries, table.settled(), query_mask, reduce, mask, exclude):
+            best_scores, best_ids = _merge(
+                best_scores, best_ids, chunk.scores, chunk.rows.where(chunk.allowed, -1), k
+            )
+        return best_scores, best_ids
+
+
+def log_partition(
+    queries: Tensor,
+    table: TableView,
+    query_mask: Tensor | None,
+    reduce: str,
+    mask: Tensor | None,
+    exclude: Tensor | None,
+    temperature: Tensor,
+) -> Tensor:
+    """See urm_kernels.log_partition; temperature is a scalar of the dtype of computation."""
+    with default_float_mode(queries.device):
+        dtype = _compute_dtype(queries, table.items)
+        make = _Float64Sum if dtype == torch.float64 else _ExponentialSum
+        total = make(queries.shape[0], table.items.shape[0], queries.device)
+        for chunk in _scored(queries, table.settled(), query_mask, reduce, mask, exclude):
+            scores = chunk.scores / temperature
+            total.add(scores.masked_fill(~chunk.allowed, -torch.inf))
+        return total.log()
+
+
+class _Float64Sum:
+    """log-sum-exp in float64 with a running maximum."""
+
+    def __init__(self, users: int, _rows: int, device: torch.device) -> None:
+        self._log = torch.full((users,), -torch.inf, dtype=torch.float64, device=device)
+
+    def add(self, scores: Tensor) -> None:
+        self._log = torch.logaddexp(self._log, torch.logsumexp(scores, 1))
+
+    def log(self) -> Tensor:
+        return self._log
+
+
+class _ExponentialSum:
+    """The sums of csrc/common/exponential_sum.h: integers by exponent, so that no order matters."""
+
+    HUGE = 2.0**24
+    BINS = 64
+
+    def __init__(self, users: int, rows: int, device: torch.device) -> None:
+        self._window = 24 + max(rows - 1, 0).bit_length()
+        self._bins = torch.zeros((users, self.BINS), dtype=torch.int64, device=device)  # bin j: exponent top - j
+        self._top = torch.full((users,), -(1 << 30), dtype=torch.int64, device=device)
+        self._largest = torch.full((users,), -torch.inf, device=device)
+
+    def add(self, scores: Tensor) -> None:
+        ordinary = scores.abs() < self.HUGE
+        self._largest = torch.maximum(self._largest, scores.masked_fill(ordinary, -torch.inf).amax(1))
+        scores = scores.masked_fill(~ordinary, 0.0)
+        n = torch.round(scores * _constant(1.44269504088896341, scores))
+        p = exp_polynomial(minus_logarithms(scores, n))
+        mantissas = torch.round(p * 2.0**24).to(torch.int64)
+        n = n.to(torch.int64).masked_fill(~ordinary, -(1 << 30))
+        top = torch.maximum(self._top, n.amax(1))
+        places = torch.arange(self.BINS, device=scores.device) - (top - self._top)[:, None]
+        kept = self._bins.gather(1, places.clamp(min=0)) * (places >= 0)
+        below = top[:, None] - n
+        counts = ordinary & (below < self._window)
+        self._bins = kept.scatter_add(1, below.where(counts, 0), mantissas.where(counts, 0))
+        self._top = top
+
+    def log(self) -> Tensor:
+        total = torch.zeros(len(self._top), dtype=torch.float64, device=self._top.device)
+        for j in range(self._window - 1, -1, -1):
+            total = total * 0.5 + self._bins[:, j].double()
+        none = self._top == -(1 << 30)
+        logarithm = canonical_log((total * 2.0**-24).float().masked_fill(none, 1.0))
+        log = (self._top.double() * math.log(2.0) + logarithm.double()).float()
+        return torch.where(none | (self._largest >= self.HUGE), self._largest, log)
+
+
+def score_candidates(
+    queries: Tensor, table: TableView, candidates: Tensor, query_mask: Tensor | None, reduce: str
+) -> Tensor:
+    """See urm_kernels.score_candidates."""
+    with default_float_mode(queries.device):
+        table = table.settled()
+        dtype = _compute_dtype(queries, table.items)
         queries = queries.to(dtype)
         exists = torch.ones(queries.shape[:2], dtype=torch.bool, device=queries.device)
         exists = exists if query_mask is None else query_mask
         if reduce in ("sum", "mean"):
             queries, exists = combine_queries(queries, exists, reduce)
-        best_scores = queries.new_full((users, k), -torch.inf)
-        best_ids = torch.full((users, k), -1, dtype=torch.int64, device=queries.device)
-        if queries.shape[1] == 0 or users == 0:
-            return best_scores, best_ids
-        step = max(LANES, _CHUNK_DOTS // (users * queries.shape[1]))
-        for first in range(0, items.shape[0], step):
-            rows = torch.arange(first, min(first + step, items.shape[0]), device=queries.device)
-            dots = canonical_dots(queries[:, :, None], items[first : first + step])
-            scores = reduce_dots(dots, exists, reduce)
-            if bias is not None:
-                scores = scores + bias[first : first + step].to(dtype)
-            scores = scores + 0.0  # -0 becomes +0
-            allowed = exists.any(1, keepdim=True) & ~torch.isnan(scores) & allowed_rows(rows, users, mask, exclude)
-            best_scores, best_ids = _merge(best_scores, best_ids, scores, rows.where(allowed, -1), k)
-        return best_scores, best_ids
+        shape = (queries.shape[0], candidates.shape[-1])
+        if queries.shape[1] == 0 or table.items.shape[0] == 0:
+            return queries.new_full(shape, -torch.inf)
+        scores = reduce_dots(candidate_dots(queries, table, candidates), exists, reduce)
+        taken = candidates.clamp(min=0)
+        if table.bias is not None:
+            scores = scores + table.bias[taken].to(dtype)
+        there = candidates >= 0
+        if table.alive is not None:
+            there = there & rows_of_bits(table.alive, taken)
+        return (scores + 0.0).masked_fill(~(there & exists.any(1, keepdim=True)), -torch.inf)
 
 
-def allowed_rows(rows: Tensor, users: int, mask: Tensor | None, exclude: Tensor | None) -> Tensor:
-    """bool [users, len(rows)] for consecutive rows: what mask and exclude leave."""
+def allowed_rows(
+    rows: Tensor, users: int, mask: Tensor | None, exclude: Tensor | None, alive: Tensor | None = None
+) -> Tensor:
+    """bool [users, len(rows)] for consecutive rows: what mask, exclude and removals leave."""
     allowed = torch.ones((users, len(rows)), dtype=torch.bool, device=rows.device)
     if mask is not None and mask.dtype == torch.bool:
         allowed &= mask[..., rows]
     elif mask is not None:
-        allowed &= ((mask[..., rows >> 3] >> (rows & 7)) & 1).bool()
+        allowed &= rows_of_bits(mask, rows)
+    if alive is not None:
+        allowed &= rows_of_bits(alive, rows)
     if exclude is not None and exclude.shape[1]:
         # One column more collects what lies outside these rows.
         first, width = int(rows[0]), len(rows)
@@ -194,8 +338,14 @@ def _merge(best_scores: Tensor, best_ids: Tensor, scores: Tensor, ids: Tensor, k
     return scores.gather(1, order), ids.gather(1, order)
 
 
-def candidate_dots(queries: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
-    """[B, M, C] canonical dots of every query with the user's candidate rows [B, C]; -1 counts as a zero row."""
+def candidate_dots(queries: Tensor, table: TableView, candidates: Tensor) -> Tensor:
+    """[B, M, C] dots of every query with candidate rows, [B, C] or the same [C] for all; -1 counts as a zero row."""
     with default_float_mode(queries.device):
-        rows = items[candidates.clamp(min=0)].masked_fill((candidates < 0)[..., None], 0)
-        return canonical_dots(queries[:, :, None], rows[:, None])
+        table = table.settled()
+        taken = candidates.clamp(min=0)
+        dtype = _compute_dtype(queries, table.items)
+        rows = gather_rows(table.items, taken).to(dtype).masked_fill((candidates < 0)[..., None], 0)
+        dots = canonical_dots(queries.to(dtype)[:, :, None], rows.unsqueeze(-3))
+        if table.row_scale is not None:
+            dots = dots * table.row_scale[taken].to(dtype).unsqueeze(-2)
+        return dots

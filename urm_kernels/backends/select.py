@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference, triton
+from .table_view import TableView
 
 log = logging.getLogger("urm_kernels")
 
@@ -19,26 +20,34 @@ BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": re
 _said: set[str] = set()
 
 
-def choose(queries: Tensor, items: Tensor, bias: Tensor | None, requested: str) -> ModuleType:
+def choose(function: str, queries: Tensor, table: TableView, requested: str) -> ModuleType:
     """The backend of a call: the one asked for (argument, then URM_BACKEND), else the first that can do it.
 
     Raises ValueError where the one asked for cannot, with its reason; a preferred backend that declines on its own
     ground says why, once, in the log.
     """
-    dtypes = (queries.dtype, items.dtype) if bias is None else (queries.dtype, items.dtype, bias.dtype)
     if requested := requested or os.environ.get("URM_BACKEND", ""):
         if requested not in BACKENDS:
             raise ValueError(f"backend: one of {', '.join(BACKENDS)} is wanted, {requested!r} came")
-        reason = BACKENDS[requested].why_not(items.device, dtypes)
+        reason = _why_not(BACKENDS[requested], function, queries, table)
         if reason:
             raise ValueError(f"backend: {requested!r} cannot run this call: {reason}")
         return BACKENDS[requested]
     for name, backend in BACKENDS.items():
-        reason = backend.why_not(items.device, dtypes)
+        reason = _why_not(backend, function, queries, table)
         if reason is None:
             return backend
         _say_once(f"backend {name} declines: {reason}")
     raise AssertionError("the reference backend takes every call")
+
+
+def _why_not(backend: ModuleType, function: str, queries: Tensor, table: TableView) -> str | None:
+    reason = backend.why_not(table.items.device, (queries.dtype, *table.dtypes()))
+    if reason is None and not hasattr(backend, function):
+        return f"it has no {function}"
+    if reason is None and table.row_scale is not None and not backend.ROW_SCALE:
+        return "it has no kernel for rows with a scale"
+    return reason
 
 
 def _say_once(message: str) -> None:

@@ -15,6 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..table_view import TableView, without_removed
+
+
+ROW_SCALE = False  # whether rows may have a scale
+
 
 def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -49,6 +54,8 @@ def why_not(device: torch.device, dtypes: Collection[torch.dtype]) -> str | None
         return f"tensors are on {device}, not on a CUDA device"
     if torch.float64 in dtypes:
         return "float64 is computed by the reference backend"
+    if torch.float8_e4m3fn in dtypes:
+        return "it has no kernel for float8 items"
     return _missing() or (_unfit(device) if device.type == "cuda" else None)
 
 
@@ -74,16 +81,17 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
 
 def score_topk(
     queries: Tensor,
-    items: Tensor,
+    table: TableView,
     k: int,
     query_mask: Tensor | None,
     reduce: str,
-    bias: Tensor | None,
     mask: Tensor | None,
     exclude: Tensor | None,
     sorted: bool,
 ) -> tuple[Tensor, Tensor]:
     """See urm_kernels.score_topk; queries are float32 [B, M, r]."""
+    items, bias, _, alive, _ = table.settled()
+    mask = without_removed(mask, alive, items.shape[0])
     with _on(items.device):
         found = _kernels("search").search(
             queries, items, k, query_mask, reduce, bias, mask, exclude, sorted, card(items.device)
@@ -91,7 +99,9 @@ def score_topk(
     return found.scores, found.ids
 
 
-def candidate_dots(queries: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
-    """[B, M, C] canonical dots of every query with the user's candidate rows [B, C]; -1 counts as a zero row."""
-    with _on(items.device):
-        return _kernels("search").candidate_dots(queries, items, candidates)
+def candidate_dots(queries: Tensor, table: TableView, candidates: Tensor) -> Tensor:
+    """[B, M, C] dots of every query with candidate rows, [B, C] or the same [C] for all; -1 counts as a zero row."""
+    if candidates.dim() == 1:
+        candidates = candidates.expand(queries.shape[0], -1)
+    with _on(queries.device):
+        return _kernels("search").candidate_dots(queries, table.settled().items, candidates.contiguous())

@@ -1,0 +1,80 @@
+"""What a backend is given to read: a table's tensors, and rows that are newer than these."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Overlay(NamedTuple):
+    """Rows to be read from here instead of from the table, where somebody may be writing them (urm_kernels.updates).
+
+    rows: [P] int64, ascending, all different. items: [P, r]. bias, row_scale: [P] where the table has them.
+    """
+
+    rows: Tensor
+    items: Tensor
+    bias: Tensor | None = None
+    row_scale: Tensor | None = None
+
+
+class TableView(NamedTuple):
+    """items [N, r]; bias and row_scale [N]; alive: bits [ceil(N / 8)] of rows that have not been removed."""
+
+    items: Tensor
+    bias: Tensor | None = None
+    row_scale: Tensor | None = None
+    alive: Tensor | None = None
+    overlay: Overlay | None = None
+
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        return tuple(t.dtype for t in (self.items, self.bias, self.row_scale) if t is not None)
+
+    def settled(self) -> TableView:
+        """The same without an overlay: a copy of the table where there is one."""
+        if self.overlay is None:
+            return self
+
+        def replaced(whole: Tensor | None, part: Tensor) -> Tensor | None:
+            if whole is None or whole.dtype != torch.float8_e4m3fn:
+                return whole if whole is None else whole.clone().index_copy_(0, rows, part)
+            as_bytes = whole.view(torch.uint8).clone().index_copy_(0, rows, part.view(torch.uint8))
+            return as_bytes.view(whole.dtype)
+
+        rows = self.overlay.rows
+        items, bias, row_scale = (
+            replaced(whole, part) for whole, part in zip(self[:3], self.overlay[1:], strict=True)
+        )
+        assert items is not None
+        return TableView(items, bias, row_scale, self.alive)
+
+
+def gather_rows(source: Tensor, rows: Tensor) -> Tensor:
+    """``source[rows]``, for dtypes that torch does not index as well."""
+    if source.dtype == torch.float8_e4m3fn:
+        return source.view(torch.uint8)[rows].view(source.dtype)
+    return source[rows]
+
+
+def rows_of_bits(bits: Tensor, rows: Tensor) -> Tensor:
+    """bool [..., len(rows)]: the given rows' bits, lowest first."""
+    return ((bits[..., rows >> 3] >> (rows & 7)) & 1).bool()
+
+
+def bits_of_rows(allowed: Tensor) -> Tensor:
+    """bool [N] -> uint8 [ceil(N / 8)], lowest bit first."""
+    whole = allowed.new_zeros(-(-len(allowed) // 8) * 8, dtype=torch.uint8)
+    whole[: len(allowed)] = allowed
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=allowed.device)
+    return (whole.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+
+
+def without_removed(mask: Tensor | None, alive: Tensor | None, rows: int) -> Tensor | None:
+    """The mask of what both allow."""
+    if alive is None or mask is None:
+        return alive if mask is None else mask
+    if mask.dtype == torch.uint8:
+        return mask & alive
+    return mask & rows_of_bits(alive, torch.arange(rows, device=mask.device))

@@ -1,0 +1,71 @@
+"""score_candidates as an op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import library
+from .topk import scored_rows_backward
+
+_SCHEMA = (
+    f"(Tensor queries, {library.TABLE}, Tensor candidates, Tensor? query_mask, str reduce, bool sparse_grad, "
+    "str backend) -> Tensor"
+)
+
+
+def _score_candidates(
+    queries: Tensor,
+    items: Tensor,
+    bias: Tensor | None,
+    row_scale: Tensor | None,
+    alive: Tensor | None,
+    log: int,
+    candidates: Tensor,
+    query_mask: Tensor | None,
+    reduce: str,
+    sparse_grad: bool,
+    backend: str,
+) -> Tensor:
+    library.check_rows("candidates", candidates, items.shape[0])
+    with (
+        library.reading(items, bias, row_scale, alive, log) as table,
+        library.memory_in_words(f"score_candidates: no memory for {queries.shape[0]} x {candidates.shape[-1]} scores"),
+    ):
+        chosen = library.choose("score_candidates", queries, table, backend)
+        return chosen.score_candidates(queries, table, candidates, query_mask, reduce)
+
+
+def _score_candidates_fake(queries, items, bias, row_scale, alive, log, candidates, *_options):
+    shape = (queries.shape[0], candidates.shape[-1])
+    return queries.new_empty(shape, dtype=library.compute_dtype(queries, items))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    queries, items, bias, row_scale, alive, _, candidates, query_mask, reduce, sparse_grad, backend = inputs
+    ids = candidates.expand(queries.shape[0], -1)
+    # A removed row's score is -inf whatever the row holds.
+    if alive is not None:
+        taken = ids.clamp(min=0)
+        ids = torch.where(((alive[taken >> 3] >> (taken & 7)) & 1).bool(), ids, -1)
+    ctx.save_for_backward(queries, items, row_scale, query_mask, ids)
+    ctx.reduce, ctx.sparse_grad, ctx.backend = reduce, sparse_grad, backend
+    ctx.bias = None if bias is None else (bias.shape[0], bias.dtype)
+
+
+def _backward(ctx, grad_scores: Tensor):
+    grad_queries, grad_items, grad_bias = scored_rows_backward(ctx, grad_scores)
+    return grad_queries, grad_items, grad_bias, *[None] * 8
+
+
+_with_grad = library.register("score_candidates", _SCHEMA, _score_candidates, _score_candidates_fake)
+_no_grad = library.register("score_candidates_no_grad", _SCHEMA, _score_candidates, _score_candidates_fake)
+library.differentiable("score_candidates", _backward, _setup_context)
+
+
+def score_candidates(queries: Tensor, items: Tensor, bias: Tensor | None, row_scale, alive, log: int, *options):
+    """The op that the call needs; arguments as in the schema."""
+    if not library.needs_grad(queries, items, bias):
+        return _no_grad(queries, items, bias, row_scale, alive, log, *options)
+    library.settle(log)
+    return _with_grad(queries, items, bias, row_scale, alive, log, *options)

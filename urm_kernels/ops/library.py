@@ -1,0 +1,95 @@
+"""What the ops share: registration, reading a table that others update, and errors in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import updates
+from ..backends import select
+from ..backends.table_view import TableView
+
+_library = torch.library.Library("urm_kernels", "DEF")
+
+TABLE = "Tensor items, Tensor? bias, Tensor? row_scale, Tensor? alive, int log"
+
+# torch's CPU allocator has no exception of its own.
+_NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
+
+
+def register(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Defines ``urm_kernels::name``; returns what calls it."""
+    _library.define(name + schema)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"urm_kernels::{name}", fake, lib=_library)
+    return getattr(torch.ops.urm_kernels, name).default
+
+
+def differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
+    """Registers the autograd formula of ``urm_kernels::name``."""
+    torch.library.register_autograd(f"urm_kernels::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def no_second_derivative(ctx: Any, *_grads: Any) -> Any:
+    raise RuntimeError(
+        "urm_kernels: second derivatives are not available; detach the gradient, or score in plain torch"
+    )
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def settle(log: int) -> None:
+    """Before a call with gradients: its backward reads the table itself, which must hold every update."""
+    if log and not torch.compiler.is_compiling() and (found := updates.find(log)) is not None:
+        found.flush()
+
+
+@contextmanager
+def reading(
+    items: Tensor, bias: Tensor | None, row_scale: Tensor | None, alive: Tensor | None, log: int
+) -> Iterator[TableView]:
+    """The table as one version of it, whatever others update meanwhile."""
+    found = updates.find(log) if log else None
+    if found is None:
+        yield TableView(items, bias, row_scale, alive)
+        return
+    version, overlay = found.pin()
+    try:
+        yield TableView(items, bias, row_scale, alive, overlay)
+    finally:
+        found.unpin(version)
+
+
+def choose(function: str, queries: Tensor, table: TableView, requested: str) -> Any:
+    return select.choose(function, queries, table, requested)
+
+
+@contextmanager
+def memory_in_words(what: str) -> Iterator[None]:
+    """torch's RuntimeError for memory that the CPU does not have, as MemoryError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        raise MemoryError(f"{what}: {error}") from error
+
+
+def check_rows(name: str, rows: Tensor | None, count: int) -> None:
+    """Row indices, or -1 for a pad. Looked at on the CPU only: elsewhere that would wait for the device."""
+    if rows is None or rows.numel() == 0 or rows.device.type != "cpu":
+        return
+    low, high = (int(bound) for bound in rows.aminmax())
+    if low < -1 or high >= count:
+        bad = low if low < -1 else high
+        raise ValueError(f"{name}: row indices from 0 to {count - 1}, or -1 for a pad, are wanted, {bad} came")
+
+
+def compute_dtype(queries: Tensor, items: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (queries.dtype, items.dtype) else torch.float32

@@ -1,0 +1,120 @@
+"""score_topk as an op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import gradients
+from ..backends.table_view import TableView
+from ..float_mode import default_float_mode
+from . import library
+
+_SCHEMA = (
+    f"(Tensor queries, {library.TABLE}, SymInt k, Tensor? query_mask, str reduce, Tensor? mask, Tensor? exclude, "
+    "bool sorted, bool sparse_grad, str backend) -> (Tensor, Tensor)"
+)
+_BACKWARD_SCHEMA = (
+    "(Tensor grad_scores, Tensor ids, Tensor queries, Tensor items, Tensor? row_scale, Tensor? query_mask, "
+    "str reduce, bool rows, str backend) -> (Tensor, Tensor)"
+)
+
+
+def _score_topk(
+    queries: Tensor,
+    items: Tensor,
+    bias: Tensor | None,
+    row_scale: Tensor | None,
+    alive: Tensor | None,
+    log: int,
+    k: int,
+    query_mask: Tensor | None,
+    reduce: str,
+    mask: Tensor | None,
+    exclude: Tensor | None,
+    sorted: bool,
+    sparse_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    library.check_rows("exclude", exclude, items.shape[0])
+    with (
+        library.reading(items, bias, row_scale, alive, log) as table,
+        library.memory_in_words(f"score_topk: no memory for {queries.shape[0]} users with k = {k}"),
+    ):
+        chosen = library.choose("score_topk", queries, table, backend)
+        return chosen.score_topk(queries, table, k, query_mask, reduce, mask, exclude, sorted)
+
+
+def _score_topk_fake(queries, items, bias, row_scale, alive, log, k, *_options):
+    shape = (queries.shape[0], k)
+    scores = queries.new_empty(shape, dtype=library.compute_dtype(queries, items))
+    return scores, queries.new_empty(shape, dtype=torch.int64)
+
+
+def _backward_of_rows(
+    grad_scores: Tensor,
+    ids: Tensor,
+    queries: Tensor,
+    items: Tensor,
+    row_scale: Tensor | None,
+    query_mask: Tensor | None,
+    reduce: str,
+    rows: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    table = TableView(items, None, row_scale)
+    chosen = library.choose("candidate_dots", queries, table, backend)
+    with default_float_mode(queries.device):
+        return gradients.row_gradients(grad_scores, ids, queries, table, query_mask, reduce, rows, chosen)
+
+
+def _backward_of_rows_fake(grad_scores, ids, queries, items, row_scale, query_mask, reduce, rows, backend):
+    grad_rows = (*ids.shape, queries.shape[2]) if rows else (0,)
+    return torch.empty_like(queries, memory_format=torch.contiguous_format), grad_scores.new_empty(grad_rows)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    queries, items, bias, row_scale, _, _, _, query_mask, reduce, _, _, _, sparse_grad, backend = inputs
+    ctx.save_for_backward(queries, items, row_scale, query_mask, output[1])
+    ctx.reduce, ctx.sparse_grad, ctx.backend = reduce, sparse_grad, backend
+    ctx.bias = None if bias is None else (bias.shape[0], bias.dtype)
+
+
+def _backward(ctx, grad_scores: Tensor, _grad_ids: None):
+    grad_queries, grad_items, grad_bias = scored_rows_backward(ctx, grad_scores)
+    return grad_queries, grad_items, grad_bias, *[None] * 11
+
+
+def scored_rows_backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of queries, items and bias (inputs 0, 1, 2) from those of scores [B, C] of chosen rows."""
+    queries, items, row_scale, query_mask, ids = ctx.saved_tensors
+    needs_queries, needs_items, needs_bias = ctx.needs_input_grad[:3]
+    grad_queries = grad_items = grad_bias = None
+    if needs_queries or needs_items:
+        grad_queries, grad_rows = _op_backward(
+            grad_scores, ids, queries, items, row_scale, query_mask, ctx.reduce, needs_items, ctx.backend
+        )
+        if needs_items:
+            scatter = gradients.sparse_rows if ctx.sparse_grad else gradients.dense_rows
+            grad_items = scatter(ids, grad_rows, items.shape[0]).to(items.dtype)
+    if needs_bias:
+        rows, dtype = ctx.bias
+        grad_bias = gradients.dense_rows(ids, grad_scores, rows).to(dtype)
+    return grad_queries, grad_items, grad_bias
+
+
+_with_grad = library.register("score_topk", _SCHEMA, _score_topk, _score_topk_fake)
+_no_grad = library.register("score_topk_no_grad", _SCHEMA, _score_topk, _score_topk_fake)
+_op_backward = library.register("score_rows_backward", _BACKWARD_SCHEMA, _backward_of_rows, _backward_of_rows_fake)
+library.differentiable("score_topk", _backward, _setup_context)
+library.differentiable("score_rows_backward", library.no_second_derivative)
+
+
+def score_topk(queries: Tensor, items: Tensor, bias: Tensor | None, row_scale, alive, log: int, *options):
+    """The op that the call needs; arguments as in the schema."""
+    if not library.needs_grad(queries, items, bias):
+        return _no_grad(queries, items, bias, row_scale, alive, log, *options)
+    library.settle(log)
+    return _with_grad(queries, items, bias, row_scale, alive, log, *options)

@@ -1,0 +1,171 @@
+"""An ItemTable's file: one .safetensors file, whose description is validated before anything is allocated.
+
+A file may come from anywhere. Its header is read by hand first, with a limit on its size; every tensor's dtype, shape
+and place must be what the table's own metadata says and lie within the file. Only then safetensors reads or maps it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from os import PathLike
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+FORMAT = 2  # of the metadata; format 1 had no removed rows, texts, scales or strings, and is read as well
+_MAX_HEADER = 1 << 20  # bytes; a table's own is below 4 KiB
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+Path = str | PathLike[str]
+
+
+class _Wanted(NamedTuple):
+    dtypes: tuple[str, ...]
+    shape: list[int | None]  # None: any size
+
+
+def write(path: Path, tensors: dict[str, Tensor], rows: int, rank: int) -> None:
+    """Writes a table's tensors, every bit of them; the file appears whole or not at all."""
+    from safetensors.torch import save_file
+
+    description = {"format": FORMAT, "rows": rows, "rank": rank, "tensors": sorted(tensors)}
+    partial = f"{os.fspath(path)}.{os.getpid()}.partial"
+    try:
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+            partial,
+            metadata={"urm_kernels": json.dumps(description)},
+        )
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.unlink(partial)
+
+
+def read(path: Path, *, mmap: bool, device: str | torch.device) -> dict[str, Tensor]:
+    """The tensors of a table's file. With mmap, on the CPU, they are a private map of it: pages are read when touched.
+
+    Raises ValueError in words for a file that is damaged or is no table, OSError for one that cannot be opened.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    names = validated(path)
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"path: {path} is damaged or no safetensors file: {error}") from error
+    if not mmap and torch.device(device).type == "cpu":
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    return tensors
+
+
+def validated(path: Path) -> list[str]:
+    """Names of the tensors of a file that is a table's; allocates no more than the header's size limit."""
+    header, data_bytes = _header(path)
+    metadata = header.pop("__metadata__", None)
+    text = metadata.get("urm_kernels") if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f"path: {path} is a safetensors file, but not of an ItemTable (no urm_kernels metadata)")
+    described = _parsed(path, text, "urm_kernels metadata")
+    version, rows, rank = (described.get(key) for key in ("format", "rows", "rank"))
+    if version not in (1, FORMAT) or isinstance(version, bool):
+        raise ValueError(f"path: {path} has table format {version!r}; this version reads formats 1 and {FORMAT}")
+    if not _is_size(rows) or not _is_size(rank) or rows > checks.MAX_ROWS:
+        raise ValueError(f"path: {path} claims {rows!r} rows of {rank!r} factors")
+    names = described.get("tensors")
+    if not isinstance(names, list) or sorted(header) != names:
+        raise ValueError(f"path: {path} holds tensors {sorted(header)}, its metadata names {names!r}")
+    wanted = _wanted(rows, rank)
+    if "factors" not in header or not set(header) <= set(wanted):
+        raise ValueError(f"path: {path} holds tensors {names}; factors, and of {sorted(wanted)} any, are wanted")
+    _check_pairs(path, set(header))
+    shapes = {name: _check_tensor(path, name, header[name], wanted[name], data_bytes) for name in names}
+    if "text" in shapes and shapes["text"][1] != shapes["text_projection"][0]:
+        raise ValueError(f"path: {path}: text {shapes['text']} does not fit its projection {shapes['text_projection']}")
+    return names
+
+
+def _wanted(rows: int, rank: int) -> dict[str, _Wanted]:
+    return {
+        "factors": _Wanted((*_FLOATS, "F8_E4M3"), [rows, rank]),
+        "text": _Wanted(_FLOATS, [rows, None]),
+        "text_projection": _Wanted(_FLOATS, [None, rank]),
+        "row_scale": _Wanted(_FLOATS, [rows]),
+        "bias": _Wanted(_FLOATS, [rows]),
+        "alive": _Wanted(("U8",), [-(-rows // 8)]),
+        "ids": _Wanted(("I64",), [rows]),
+        "id_text": _Wanted(("U8",), [None]),
+        "id_offsets": _Wanted(("I64",), [rows + 1]),
+    }
+
+
+def _check_pairs(path: Path, names: set[str]) -> None:
+    for one, other in (("text", "text_projection"), ("id_text", "id_offsets")):
+        if (one in names) != (other in names):
+            raise ValueError(f"path: {path}: {one} and {other} come together or not at all")
+    if "ids" in names and "id_text" in names:
+        raise ValueError(f"path: {path}: ids are numbers or strings, not both")
+
+
+def _check_tensor(path: Path, name: str, entry: Any, wanted: _Wanted, data_bytes: int) -> list[int]:
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, place = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if dtype not in wanted.dtypes:
+        raise ValueError(f"path: {path}: {name} has dtype {dtype!r}, one of {', '.join(wanted.dtypes)} is wanted")
+    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
+        raise ValueError(f"path: {path}: {name} has shape {shape!r}")
+    fits = len(shape) == len(wanted.shape) and all(w in (None, s) for w, s in zip(wanted.shape, shape, strict=True))
+    if not fits:
+        raise ValueError(f"path: {path}: {name} has shape {shape}, its metadata says {wanted.shape}")
+    if not isinstance(place, list) or len(place) != 2 or not all(_is_size(at) for at in place):
+        raise ValueError(f"path: {path}: {name} lies at {place!r}")
+    size = _DTYPES[dtype].itemsize
+    for length in shape:
+        size *= length
+    if place[1] - place[0] != size or place[1] > data_bytes:
+        raise ValueError(f"path: {path}: {name} of {size} bytes lies at {place} of {data_bytes} bytes")
+    return shape
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """(the parsed header, bytes of data behind it)."""
+    with open(path, "rb") as file:
+        total = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        if len(start) < 8:
+            raise ValueError(f"path: {path} is damaged or no safetensors file: {total} bytes long")
+        (length,) = struct.unpack("<Q", start)
+        if length > min(_MAX_HEADER, total - 8):
+            raise ValueError(f"path: {path} is damaged or no table: a header of {length} bytes in {total}")
+        text = file.read(length)
+    return _parsed(path, text, "header"), total - 8 - length
+
+
+def _parsed(path: Path, text: str | bytes, what: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
+        raise ValueError(f"path: {path} has an unreadable {what}: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"path: {path} has an unreadable {what}: an object is wanted, {type(parsed).__name__} came")
+    return parsed
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= checks.MAX_COUNT
