@@ -59,14 +59,6 @@ def test_from_dense_is_the_truncated_svd(device, dtype):
     assert torch.equal(projection, ItemTable.from_dense(W, 6)[1])
 
 
-def test_from_dense_goes_over_blocks(monkeypatch):
-    W = torch.randn(101, 5, generator=torch.Generator().manual_seed(3))
-    whole = ItemTable.from_dense(W, 5)
-    monkeypatch.setattr("urm_kernels.table._BLOCK_BYTES", 8 * 5 * 10)
-    blocks = ItemTable.from_dense(W, 5)
-    assert torch.allclose(whole[0].factors, blocks[0].factors, atol=1e-5) and blocks[2] == pytest.approx(1.0)
-
-
 @pytest.mark.parametrize(
     ("W", "rank", "words"),
     [
@@ -114,7 +106,7 @@ def described(**changes):
         (None, "not of an ItemTable"),
         ("{", "unreadable"),
         ("[1]", "unreadable"),
-        (described(format=2), "format 2"),
+        (described(format=3), "format 3"),
         (described(rows=49), r"shape \[50, 8\]"),
         (described(tensors=["factors", "bias"]), "its metadata names"),
     ],

@@ -44,7 +44,8 @@ def test_opcheck_of_the_forward(opcheck, backend, device, names, differentiable)
             given["bias"] = given["bias"].clone().requires_grad_()
     op = torch.ops.urm_kernels.score_topk if differentiable else torch.ops.urm_kernels.score_topk_no_grad
     filters = (given["mask"], given["exclude"])
-    opcheck(op.default, (queries, items, 4, given["query_mask"], "max", given["bias"], *filters, True, False, backend))
+    table = (items, given["bias"], None, None, 0)
+    opcheck(op.default, (queries, *table, 4, given["query_mask"], "max", *filters, True, False, backend))
 
 
 @pytest.mark.real_device
@@ -56,8 +57,8 @@ def test_opcheck_of_the_backward(opcheck, backend, device, reduce, rows, masked)
     ids = torch.tensor([[3, 1, -1], [0, 3, 19]], device=device)
     exists = OPTIONS["query_mask"].to(device) if masked else None
     opcheck(
-        torch.ops.urm_kernels.score_topk_backward.default,
-        (torch.ones(2, 3, device=device), ids, queries, items, exists, reduce, rows, backend),
+        torch.ops.urm_kernels.score_rows_backward.default,
+        (torch.ones(2, 3, device=device), ids, queries, items, None, exists, reduce, rows, backend),
     )
 
 

@@ -11,6 +11,7 @@ from support import INF, NAN, assert_same_bits, by_reference, ids_of, packed
 
 from urm_kernels import score_topk
 from urm_kernels.backends import select
+from urm_kernels.backends.table_view import TableView
 from urm_kernels.testing import make_items, make_queries
 
 pytestmark = pytest.mark.skipif(
@@ -181,6 +182,6 @@ def test_gradients(device):
 
 def test_it_is_chosen_for_cuda_tensors_and_only_for_them(device):
     queries, items = data(device, rows=10)
-    chosen = select.choose(queries, items, None, "").__name__.rpartition(".")[2]
+    chosen = select.choose("score_topk", queries, TableView(items), "").__name__.rpartition(".")[2]
     assert chosen == ("triton" if device.type == "cuda" else "cpu")
-    assert select.choose(queries.double(), items, None, "").__name__.endswith("reference")
+    assert select.choose("score_topk", queries.double(), TableView(items), "").__name__.endswith("reference")

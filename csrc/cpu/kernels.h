@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../common/canonical_dot.h"
+#include "../common/exponential_sum.h"
 #include "cheap_score.h"
 #include "views.h"
 
@@ -48,9 +49,8 @@ struct Kernels {
   uint32_t (*prune_log_sum_exp)(const float* dots, int64_t stride, int64_t count, const float* bias, float threshold,
                                 float* scores);
 
-  // exp(scores / temperature) of 16 scores, split as split_exponential does. Returns the lanes that could be: those of
-  // huge, infinite and NaN scores cannot. `scores` are divided in place.
-  uint32_t (*exponentials)(float* scores, float temperature, int32_t* exponents, uint32_t* mantissas);
+  // Adds exp(scores / temperature) of the given lanes, none of them NaN, to a sum.
+  void (*add_exponentials)(const float* scores, uint32_t lanes, float temperature, ExponentialSum* sum);
 
   // out[q * stride + i] *= scales[i] for 16 rows and `count` queries.
   void (*scale_dots)(const float* scales, int64_t count, int64_t stride, float* dots);

@@ -2,7 +2,6 @@
 #include <immintrin.h>
 
 #include "../common/canonical_dot.h"
-#include "../common/exponential_sum.h"
 #include "../common/log_sum_exp.h"
 #include "kernels.h"
 
@@ -46,6 +45,26 @@ struct Vector {
   void store(float* p) const {
     _mm256_storeu_ps(p, low);
     _mm256_storeu_ps(p + 8, high);
+  }
+  static uint32_t lanes_of_group(const int32_t* exponents, int32_t group) {
+    const __m256i wanted = _mm256_set1_epi32(group);
+    const auto same = [&](const int32_t* n) {
+      const __m256i groups = _mm256_srai_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(n)), kGroupBits);
+      return _mm256_castsi256_ps(_mm256_cmpeq_epi32(groups, wanted));
+    };
+    return mask(same(exponents), same(exponents + 8));
+  }
+  static void add_shifted(const int32_t* exponents, const uint32_t* mantissas, uint32_t lanes, uint64_t* sums) {
+    const __m128i bits = _mm_setr_epi32(1, 2, 4, 8), place = _mm_set1_epi32(kGroupExponents - 1);
+    for (int quarter = 0; quarter < 4; ++quarter, lanes >>= 4, exponents += 4, mantissas += 4, sums += 4) {
+      const __m128i chosen = _mm_cmpeq_epi32(_mm_and_si128(_mm_set1_epi32(static_cast<int>(lanes)), bits), bits);
+      const __m128i n = _mm_loadu_si128(reinterpret_cast<const __m128i*>(exponents));
+      const __m128i m = _mm_and_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(mantissas)), chosen);
+      const __m256i shifted =
+          _mm256_sllv_epi64(_mm256_cvtepu32_epi64(m), _mm256_cvtepi32_epi64(_mm_and_si128(n, place)));
+      __m256i* at = reinterpret_cast<__m256i*>(sums);
+      _mm256_storeu_si256(at, _mm256_add_epi64(_mm256_loadu_si256(at), shifted));
+    }
   }
   void store_integers(int32_t* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(low));

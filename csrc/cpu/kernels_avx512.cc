@@ -2,7 +2,6 @@
 #include <immintrin.h>
 
 #include "../common/canonical_dot.h"
-#include "../common/exponential_sum.h"
 #include "../common/log_sum_exp.h"
 #include "kernels.h"
 

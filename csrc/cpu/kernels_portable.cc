@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "../common/canonical_dot.h"
-#include "../common/exponential_sum.h"
 #include "../common/log_sum_exp.h"
 #include "kernels.h"
 
@@ -91,6 +90,13 @@ struct Vector {
     return mask([&](int i) { return x.v[i] < y.v[i]; });
   }
   void store(float* p) const { std::memcpy(p, v, sizeof v); }
+  static uint32_t lanes_of_group(const int32_t* exponents, int32_t group) {
+    return mask([&](int i) { return exponents[i] >> kGroupBits == group; });
+  }
+  static void add_shifted(const int32_t* exponents, const uint32_t* mantissas, uint32_t lanes, uint64_t* sums) {
+    for (int i = 0; i < kLanes; ++i)
+      if (lanes >> i & 1) sums[i] += static_cast<uint64_t>(mantissas[i]) << (exponents[i] & (kGroupExponents - 1));
+  }
   void store_integers(int32_t* p) const {
     for (int i = 0; i < kLanes; ++i) p[i] = to_integer(v[i]);
   }

@@ -208,11 +208,14 @@ struct KernelsOf {
     return kept;
   }
 
-  static uint32_t exponentials(float* scores, float temperature, int32_t* exponents, uint32_t* mantissas) {
+  static void add_exponentials(const float* scores, uint32_t lanes, float temperature, ExponentialSum* sum) {
     V s = V::load(scores);
-    if (temperature != 1.0f) {
-      s = V::divide(s, V::broadcast(temperature));
-      s.store(scores);
+    if (temperature != 1.0f) s = V::divide(s, V::broadcast(temperature));
+    uint32_t left = lanes & V::less(V::abs(s), V::broadcast(kHugeScore));
+    if (left != lanes) {
+      float divided[kLanes];
+      s.store(divided);
+      for (uint32_t huge = lanes & ~left; huge; huge &= huge - 1) sum->add_huge(divided[__builtin_ctz(huge)]);
     }
     const V n = V::round(V::multiply(s, V::broadcast(kLog2E)));
     const V f = V::fma(n, V::broadcast(2.12194440e-4f), V::fma(n, V::broadcast(-0.693359375f), s));
@@ -224,9 +227,18 @@ struct KernelsOf {
     p = V::fma(p, f, V::broadcast(0.5f));
     p = V::fma(p, f, V::broadcast(1.0f));
     p = V::fma(p, f, V::broadcast(1.0f));
+    int32_t exponents[kLanes];
+    uint32_t mantissas[kLanes];
     n.store_integers(exponents);
     V::multiply(p, V::broadcast(kMantissaScale)).store_integers(reinterpret_cast<int32_t*>(mantissas));
-    return V::less(V::abs(s), V::broadcast(kHugeScore));
+    while (left) {
+      const int32_t group = exponents[__builtin_ctz(left)] >> kGroupBits;
+      const uint32_t members = left & V::lanes_of_group(exponents, group);
+      if (group > sum->top) sum->raise(group);
+      if (sum->counts(group))
+        V::add_shifted(exponents, mantissas, members, sum->lanes[ExponentialSum::place(group)]);
+      left &= ~members;
+    }
   }
 
   static void scale_dots(const float* scales, int64_t count, int64_t stride, float* dots) {
@@ -287,7 +299,7 @@ struct KernelsOf {
 
   static constexpr Kernels table(const char* name) {
     return {name,         kPanelRows,    stage,     widen,             gather,       transpose,
-            dots_of_rows, dots_of_panel, prune_max, prune_log_sum_exp, exponentials, scale_dots,
+            dots_of_rows, dots_of_panel, prune_max, prune_log_sum_exp, add_exponentials, scale_dots,
             dot,          prune_bound,   nullptr,   read_loop,         fma_loop,     kChains * kLanes * 2};
   }
 };

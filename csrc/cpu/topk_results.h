@@ -28,7 +28,7 @@ class TopKResults {
   float threshold(int slot, int64_t user) { return buffer(slot, user).threshold(); }
 
   // Scores of the lanes of a tile that reach the threshold.
-  void take(int slot, int64_t user, int64_t row, uint32_t lanes, float* scores) {
+  void take(int slot, int64_t user, int64_t row, uint32_t lanes, const float* scores) {
     TopKBuffer& buffer = this->buffer(slot, user);
     for (; lanes; lanes &= lanes - 1) {
       const int i = __builtin_ctz(lanes);

@@ -22,6 +22,21 @@ struct Vector {
   static uint32_t unordered(Vector x) { return _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q); }
   static uint32_t less(Vector x, Vector y) { return _mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ); }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
+  // Lanes whose exponent is in a group, and the sum of their mantissas, each by its place in the group.
+  static uint32_t lanes_of_group(const int32_t* exponents, int32_t group) {
+    const __m512i groups = _mm512_srai_epi32(_mm512_loadu_si512(exponents), kGroupBits);
+    return _mm512_cmpeq_epi32_mask(groups, _mm512_set1_epi32(group));
+  }
+  static void add_shifted(const int32_t* exponents, const uint32_t* mantissas, uint32_t lanes, uint64_t* sums) {
+    for (int half = 0; half < 2; ++half, lanes >>= 8, exponents += 8, mantissas += 8, sums += 8) {
+      const __m256i n = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(exponents));
+      const __m256i m = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mantissas));
+      const __m512i places = _mm512_cvtepi32_epi64(_mm256_and_si256(n, _mm256_set1_epi32(kGroupExponents - 1)));
+      const __m512i shifted = _mm512_sllv_epi64(_mm512_cvtepu32_epi64(m), places);
+      const __m512i sum = _mm512_loadu_si512(sums);
+      _mm512_storeu_si512(sums, _mm512_mask_add_epi64(sum, static_cast<__mmask8>(lanes), sum, shifted));
+    }
+  }
   void store_integers(int32_t* p) const { _mm512_storeu_si512(p, _mm512_cvtps_epi32(v)); }
 
   static Vector widen(const char* row, DType dtype, int64_t e) {

@@ -242,15 +242,16 @@ class _Float64Sum:
 
 
 class _ExponentialSum:
-    """The sums of csrc/common/exponential_sum.h: integers by exponent, so that no order matters."""
+    """The sums of csrc/common/exponential_sum.h: integers by groups of exponents, so that no order matters."""
 
     HUGE = 2.0**24
-    BINS = 64
+    GROUP = 8  # exponents
+    NONE = -(1 << 28)
 
     def __init__(self, users: int, rows: int, device: torch.device) -> None:
-        self._window = 24 + max(rows - 1, 0).bit_length()
-        self._bins = torch.zeros((users, self.BINS), dtype=torch.int64, device=device)  # bin j: exponent top - j
-        self._top = torch.full((users,), -(1 << 30), dtype=torch.int64, device=device)
+        self._groups = 1 + -(-(24 + max(rows - 1, 0).bit_length()) // self.GROUP)
+        self._sums = torch.zeros((users, self._groups), dtype=torch.int64, device=device)  # of group top - j at j
+        self._top = torch.full((users,), self.NONE, dtype=torch.int64, device=device)
         self._largest = torch.full((users,), -torch.inf, device=device)
 
     def add(self, scores: Tensor) -> None:
@@ -259,23 +260,25 @@ class _ExponentialSum:
         scores = scores.masked_fill(~ordinary, 0.0)
         n = torch.round(scores * _constant(1.44269504088896341, scores))
         p = exp_polynomial(minus_logarithms(scores, n))
-        mantissas = torch.round(p * 2.0**24).to(torch.int64)
-        n = n.to(torch.int64).masked_fill(~ordinary, -(1 << 30))
-        top = torch.maximum(self._top, n.amax(1))
-        places = torch.arange(self.BINS, device=scores.device) - (top - self._top)[:, None]
-        kept = self._bins.gather(1, places.clamp(min=0)) * (places >= 0)
-        below = top[:, None] - n
-        counts = ordinary & (below < self._window)
-        self._bins = kept.scatter_add(1, below.where(counts, 0), mantissas.where(counts, 0))
+        n = n.to(torch.int64)
+        mantissas = torch.round(p * 2.0**24).to(torch.int64) << (n % self.GROUP)
+        group = n.div(self.GROUP, rounding_mode="floor").masked_fill(~ordinary, self.NONE)
+        top = torch.maximum(self._top, group.amax(1))
+        came_from = torch.arange(self._groups, device=scores.device) - (top - self._top)[:, None]
+        kept = self._sums.gather(1, came_from.clamp(min=0)) * (came_from >= 0)
+        below = top[:, None] - group
+        counts = ordinary & (below < self._groups)
+        self._sums = kept.scatter_add(1, below.where(counts, 0), mantissas.where(counts, 0))
         self._top = top
 
     def log(self) -> Tensor:
         total = torch.zeros(len(self._top), dtype=torch.float64, device=self._top.device)
-        for j in range(self._window - 1, -1, -1):
-            total = total * 0.5 + self._bins[:, j].double()
-        none = self._top == -(1 << 30)
+        for j in range(self._groups - 1, -1, -1):
+            high, low = self._sums[:, j] >> 32, self._sums[:, j] & 0xFFFFFFFF
+            total = total * 2.0**-self.GROUP + (high.double() * 2.0**32 + low.double())
+        none = self._top == self.NONE
         logarithm = canonical_log((total * 2.0**-24).float().masked_fill(none, 1.0))
-        log = (self._top.double() * math.log(2.0) + logarithm.double()).float()
+        log = (self._top.double() * self.GROUP * math.log(2.0) + logarithm.double()).float()
         return torch.where(none | (self._largest >= self.HUGE), self._largest, log)
 
 
