@@ -13,6 +13,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kSharingUsers = 64;       // users for whom a shared tile is gathered once
+constexpr int64_t kTilesAhead = 2;           // whose rows are fetched
 constexpr int64_t kQueriesAtOnce = 2;       // between which rows are fetched ahead
 constexpr int64_t kDotsPerThread = 1 << 6;  // 16 dots each: what pays for waking a thread
 
@@ -55,9 +56,10 @@ class Visitor {
     run_parallel(threads, [&](int slot) {
       for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
         const int64_t first_user = task / tiles * block, tile = task % tiles;
-        const bool more = tile + 1 < tiles;
-        visit(first_user, std::min(users, first_user + block), tile_at(first_user, tile),
-              more ? tile_at(first_user, tile + 1) : Tile{nullptr, 0}, tile * kLanes, work[slot], use);
+        const int64_t ahead = task + kTilesAhead;
+        const Tile next = ahead < tasks ? tile_at(ahead / tiles * block, ahead % tiles) : Tile{nullptr, 0};
+        visit(first_user, std::min(users, first_user + block), tile_at(first_user, tile), next, tile * kLanes,
+              work[slot], use);
       }
     });
   }
