@@ -92,9 +92,7 @@ class Visitor {
     request_.kernels->gather(request_.items, present, tile.width, padded_, rows);
     for (int64_t i = 0; i < tile.width; ++i)
       if (places[i] >= 0)
-        request_.kernels->widen({row_address(overlay.items, places[i]), overlay.items.dtype, 1, overlay.items.columns,
-                                 overlay.items.row_stride, overlay.items.column_stride},
-                                padded_, rows + i * padded_);
+        request_.kernels->widen(row_view(overlay.items, places[i]), padded_, rows + i * padded_);
   }
 
   // The share `step` of `steps` of a tile's memory: rows lie anywhere, so the processor cannot foresee them.

@@ -26,6 +26,13 @@ static inline const char* row_address(const MatrixView& view, int64_t row) {
   return static_cast<const char*>(view.data) + row * view.row_stride * element_bytes(view.dtype);
 }
 
+// One row.
+static inline MatrixView row_view(MatrixView items, int64_t row) {
+  items.data = row_address(items, row);
+  items.rows = 1;
+  return items;
+}
+
 // Elements [first, first + count) of a [1, n] view.
 static inline MatrixView part_of(MatrixView vector, int64_t first, int64_t count) {
   vector.data = static_cast<const char*>(vector.data) + first * vector.column_stride * element_bytes(vector.dtype);

@@ -86,7 +86,7 @@ const float* tile_of(const Group& group, Workspace& work, int64_t row, int64_t c
   if (replaced) {
     kernels.gather(items, present, count, group.padded, rows);
     overlay.each(row, count, [&](int64_t place, int64_t lane) {
-      kernels.gather(overlay.items, &place, 1, group.padded, rows + lane * group.padded);
+      kernels.widen(row_view(overlay.items, place), group.padded, rows + lane * group.padded);
     });
     return rows;
   }
@@ -103,10 +103,7 @@ const float* row_of(const Group& group, Workspace& work, int64_t row) {
   const MatrixView& items = replaced < 0 ? group.request.items : group.request.overlay.items;
   if (replaced >= 0) row = replaced;
   if (is_padded_fp32(items, group.padded)) return reinterpret_cast<const float*>(row_address(items, row));
-  MatrixView one = items;
-  one.data = row_address(items, row);
-  one.rows = 1;
-  group.request.kernels->widen(one, group.padded, work.row.data());
+  group.request.kernels->widen(row_view(items, row), group.padded, work.row.data());
   return work.row.data();
 }
 
