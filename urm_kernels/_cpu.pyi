@@ -1,14 +1,15 @@
 _Matrix = tuple[int, int, int, int, int, int]
 _Queries = tuple[int, int, int, int, int]
 _Filter = tuple[int, int, int, int, int, int]
+_Overlay = tuple[int, int, _Matrix, _Matrix, _Matrix]
+_Table = tuple[_Matrix, _Matrix, _Matrix, _Overlay, int]
 
 def instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...
 def threads(torch_threads: int) -> int: ...
 def score_topk(
     queries: _Queries,
-    items: _Matrix,
-    bias: _Matrix,
+    table: _Table,
     reduce: int,
     filter: _Filter,
     k: int,
@@ -17,9 +18,27 @@ def score_topk(
     scores: int,
     ids: int,
 ) -> None: ...
-def candidate_dots(
-    queries: _Queries, items: _Matrix, candidates: int, count: int, torch_threads: int, out: int
+def log_partition(
+    queries: _Queries,
+    table: _Table,
+    reduce: int,
+    filter: _Filter,
+    temperature: float,
+    torch_threads: int,
+    out: int,
 ) -> None: ...
+def score_candidates(
+    queries: _Queries,
+    table: _Table,
+    reduce: int,
+    candidates: int,
+    count: int,
+    shared: bool,
+    reduced: bool,
+    torch_threads: int,
+    out: int,
+) -> None: ...
+def write_rows(target: int, stride_bytes: int, row_bytes: int, rows: int, count: int, source: int) -> None: ...
 def upper_bounds(queries: _Queries, items: _Matrix, out: int) -> bool: ...
 def read_bandwidth(data: int, count: int, threads: int) -> float: ...
 def fma_rate(steps: int, threads: int) -> float: ...

@@ -86,7 +86,9 @@ class Names:
             assert self.text is not None and self.offsets is not None and more.text is not None
             assert more.offsets is not None
             text = torch.cat([self.text, more.text.to(self.text.device)])
-            joined = Names(None, text, torch.cat([self.offsets, more.offsets[1:].to(self.offsets.device) + self.offsets[-1]]))
+            joined = Names(
+                None, text, torch.cat([self.offsets, more.offsets[1:].to(self.offsets.device) + self.offsets[-1]])
+            )
         joined._index = index.with_recent({more.name(i): first + i for i in range(len(more))}, joined, alive)
         return joined
 
@@ -134,7 +136,10 @@ class Names:
         return out
 
     def rows(self, names: Any, alive: Tensor | None) -> Tensor:
-        """Rows of names, in their shape. Raises ValueError in words where one is not there, TypeError for other kinds."""
+        """Rows of names, in their shape.
+
+        Raises ValueError in words where one is not there, TypeError for other kinds.
+        """
         if self.ids is not None:
             if not isinstance(names, Tensor) or names.dtype != torch.int64:
                 came = names.dtype if isinstance(names, Tensor) else type(names).__name__
@@ -240,7 +245,7 @@ def _encoded(names: Any, argument: str = "ids") -> tuple[Tensor, Tensor]:
 
 
 def _hashes(text: Tensor | None, offsets: Tensor | None) -> Tensor:
-    """[n] int64: sum of (byte + 1) times a power of an odd constant by its place, then mixed; some strings at a time."""
+    """[n] int64: sum of (byte + 1) times a power of an odd constant by its place, mixed; some strings at a time."""
     assert text is not None and offsets is not None
     data, ends = text.numpy(force=True), offsets.numpy(force=True)
     if len(ends) and not (ends[0] == 0 and ends[-1] == len(data) and (np.diff(ends) >= 0).all()):

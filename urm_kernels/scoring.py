@@ -91,9 +91,7 @@ def score_topk(
     checks.flag("sorted", sorted)
     checks.flag("sparse_grad", sparse_grad)
     backend = checks.backend(backend)
-    scores, ids = ops.score_topk(
-        queries, *table, k, query_mask, reduce, mask, exclude, sorted, sparse_grad, backend
-    )
+    scores, ids = ops.score_topk(queries, *table, k, query_mask, reduce, mask, exclude, sorted, sparse_grad, backend)
     return TopK(scores, ids)
 
 
@@ -135,9 +133,7 @@ def score_candidates(
     candidates = as_tensor("candidates", candidates)
     checks.candidates(candidates, queries.shape[0], queries.device)
     checks.flag("sparse_grad", sparse_grad)
-    return ops.score_candidates(
-        queries, *table, candidates, query_mask, reduce, sparse_grad, checks.backend(backend)
-    )
+    return ops.score_candidates(queries, *table, candidates, query_mask, reduce, sparse_grad, checks.backend(backend))
 
 
 def log_partition(
@@ -169,9 +165,9 @@ def log_partition(
         queries, items, projection, query_mask, reduce, bias, mask, exclude, backend: as in :func:`score_topk`.
 
     Returns:
-        [B] float32 (float64 for float64 input); -inf where no item takes part. Items whose score is NaN, which score_topk
-        never returns, take no part; a score of +inf makes it +inf. Carries gradients to queries, projection, items,
-        bias and temperature, by recomputation; none where the result is infinite.
+        [B] float32 (float64 for float64 input); -inf where no item takes part. Items whose score is NaN, which
+        score_topk never returns, take no part; a score of +inf makes it +inf. Carries gradients to queries, projection,
+        items, bias and temperature, by recomputation; none where the result is infinite.
 
     Raises:
         TypeError, ValueError: with the argument's name, what came and what was wanted.
@@ -180,9 +176,7 @@ def log_partition(
     users, rows = queries.shape[0], table.items.shape[0]
     mask, exclude = _filters(mask, exclude, users, rows, queries)
     temperature = checks.temperature(temperature, ops.library.compute_dtype(queries, table.items), queries.device)
-    return ops.log_partition(
-        queries, *table, query_mask, reduce, mask, exclude, temperature, checks.backend(backend)
-    )
+    return ops.log_partition(queries, *table, query_mask, reduce, mask, exclude, temperature, checks.backend(backend))
 
 
 def _common(queries, items, projection, query_mask, reduce, bias) -> tuple[Serving, Tensor, Tensor | None]:
@@ -205,7 +199,7 @@ def _common(queries, items, projection, query_mask, reduce, bias) -> tuple[Servi
         queries = checks.queries(queries, projection)
         checks.items(table.items, queries)
     checks.reduce(reduce)
-    checks.query_mask(query_mask, *queries.shape[:2], queries.device)
+    checks.query_mask(query_mask, queries.shape[0], queries.shape[1], queries.device)
     checks.bias(table.bias, table.items.shape[0], queries.device)
     return table, queries, query_mask
 

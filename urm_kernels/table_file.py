@@ -10,7 +10,7 @@ import json
 import os
 import struct
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -83,10 +83,10 @@ def validated(path: Path) -> list[str]:
     if not isinstance(text, str):
         raise ValueError(f"path: {path} is a safetensors file, but not of an ItemTable (no urm_kernels metadata)")
     described = _parsed(path, text, "urm_kernels metadata")
-    version, rows, rank = (described.get(key) for key in ("format", "rows", "rank"))
+    version, rows, rank = (described.get(key, -1) for key in ("format", "rows", "rank"))
     if version not in (1, FORMAT) or isinstance(version, bool):
         raise ValueError(f"path: {path} has table format {version!r}; this version reads formats 1 and {FORMAT}")
-    if not _is_size(rows) or not _is_size(rank) or rows > checks.MAX_ROWS:
+    if not (_is_size(rows) and _is_size(rank) and rows <= checks.MAX_ROWS):
         raise ValueError(f"path: {path} claims {rows!r} rows of {rank!r} factors")
     names = described.get("tensors")
     if not isinstance(names, list) or sorted(header) != names:
@@ -167,5 +167,5 @@ def _parsed(path: Path, text: str | bytes, what: str) -> dict[str, Any]:
     return parsed
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= checks.MAX_COUNT

@@ -13,7 +13,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kSharingUsers = 64;       // users for whom a shared tile is gathered once
-constexpr int64_t kTilesAhead = 2;           // whose rows are fetched
+constexpr int64_t kTilesAhead = 2;          // whose rows are fetched
 constexpr int64_t kQueriesAtOnce = 2;       // between which rows are fetched ahead
 constexpr int64_t kDotsPerThread = 1 << 6;  // 16 dots each: what pays for waking a thread
 
@@ -43,8 +43,7 @@ class Visitor {
     const int64_t users = request_.queries.users, block = request_.shared ? kSharingUsers : 1;
     const int64_t tiles = (request_.count + kLanes - 1) / kLanes, tasks = (users + block - 1) / block * tiles;
     const int64_t dots = users ? tiles * packed_.total : 0;
-    const int threads =
-        static_cast<int>(std::clamp<int64_t>(dots / kDotsPerThread, 1, std::max(request_.threads, 1)));
+    const int threads = static_cast<int>(std::clamp<int64_t>(dots / kDotsPerThread, 1, std::max(request_.threads, 1)));
     AlignedVector<Work> work(threads);
     for (Work& w : work) {
       w.rows.resize(kLanes * padded_);
@@ -91,8 +90,7 @@ class Visitor {
     }
     request_.kernels->gather(request_.items, present, tile.width, padded_, rows);
     for (int64_t i = 0; i < tile.width; ++i)
-      if (places[i] >= 0)
-        request_.kernels->widen(row_view(overlay.items, places[i]), padded_, rows + i * padded_);
+      if (places[i] >= 0) request_.kernels->widen(row_view(overlay.items, places[i]), padded_, rows + i * padded_);
   }
 
   // The share `step` of `steps` of a tile's memory: rows lie anywhere, so the processor cannot foresee them.
@@ -139,7 +137,8 @@ class Visitor {
 void score_candidates(const CandidatesRequest& request, float* out) {
   const DefaultFloatEnvironment environment;
   Visitor visitor(request, request.reduce);
-  const auto prune = request.reduce == Reduce::kLogSumExp ? request.kernels->prune_log_sum_exp : request.kernels->prune_max;
+  const auto prune =
+      request.reduce == Reduce::kLogSumExp ? request.kernels->prune_log_sum_exp : request.kernels->prune_max;
   visitor.each([&](int64_t user, int64_t first, const Tile& tile, Work& work) {
     const int64_t queries = visitor.packed().start[user + 1] - visitor.packed().start[user];
     float* target = out + user * request.count + first;

@@ -17,7 +17,7 @@ struct Filter {
   const int64_t* exclude = nullptr;  // [users, exclude_count], each ascending
   int64_t exclude_count = 0;
   const uint8_t* alive = nullptr;  // bits of rows that have not been removed, lowest first; null: all
-  int64_t row_step = 1;  // rows are asked for by their number in units of this
+  int64_t row_step = 1;            // rows are asked for by their number in units of this
 
   // The same for users from `first` on and every `step`-th row.
   Filter sampled(int64_t first, int64_t step) const {

@@ -235,8 +235,7 @@ struct KernelsOf {
       const int32_t group = exponents[__builtin_ctz(left)] >> kGroupBits;
       const uint32_t members = left & V::lanes_of_group(exponents, group);
       if (group > sum->top) sum->raise(group);
-      if (sum->counts(group))
-        V::add_shifted(exponents, mantissas, members, sum->lanes[ExponentialSum::place(group)]);
+      if (sum->counts(group)) V::add_shifted(exponents, mantissas, members, sum->lanes[ExponentialSum::place(group)]);
       left &= ~members;
     }
   }
@@ -298,8 +297,23 @@ struct KernelsOf {
   }
 
   static constexpr Kernels table(const char* name) {
-    return {name,         kPanelRows,    stage,     widen,             gather,       transpose,
-            dots_of_rows, dots_of_panel, prune_max, prune_log_sum_exp, add_exponentials, scale_dots,
-            dot,          prune_bound,   nullptr,   read_loop,         fma_loop,     kChains * kLanes * 2};
+    return {name,
+            kPanelRows,
+            stage,
+            widen,
+            gather,
+            transpose,
+            dots_of_rows,
+            dots_of_panel,
+            prune_max,
+            prune_log_sum_exp,
+            add_exponentials,
+            scale_dots,
+            dot,
+            prune_bound,
+            nullptr,
+            read_loop,
+            fma_loop,
+            kChains * kLanes * 2};
   }
 };

@@ -44,8 +44,7 @@ bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t
   const int64_t n = request.items.rows, k = std::min(request.k, n);
   TopKResults results(group, k, topk_buffer_capacity(k, n));
   for (int64_t user = 0; user < static_cast<int64_t>(guesses.size()); ++user)
-    for (int slot = 0; slot < group.threads; ++slot)
-      results.buffer(slot, user).raise_floor(lowest_key(guesses[user]));
+    for (int slot = 0; slot < group.threads; ++slot) results.buffer(slot, user).raise_floor(lowest_key(guesses[user]));
   if (k && !run_scan(group, results)) return false;
   std::atomic<int64_t> next_user{0};
   AlignedVector<int64_t> found(group.users);

@@ -151,7 +151,8 @@ void Scanner<Results>::select_bounded(const Slice& slice, int64_t row, int64_t c
 // reaches the threshold are asked: if the score reaches it, the winner is among them. All are where the row is not
 // finite, as in prune_bound.
 template <class Results>
-bool Scanner<Results>::rescore(int64_t user, int64_t row, const Bounded& bounded, float bias, float threshold, float* score) {
+bool Scanner<Results>::rescore(int64_t user, int64_t row, const Bounded& bounded, float bias, float threshold,
+                               float* score) {
   const int64_t first = group_.packed.start[user], queries = group_.packed.start[user + 1] - first;
   const int64_t stride = group_.bounds.score->panel_rows, padded = group_.padded;
   const float* query = group_.packed.rows.data() + first * padded;

@@ -11,10 +11,7 @@ namespace urm {
 class TopKResults {
  public:
   TopKResults(const Group& group, int64_t k, int64_t capacity)
-      : group_(group),
-        capacity_(capacity),
-        keys_(group.users * group.threads * capacity),
-        floors_(group.users) {
+      : group_(group), capacity_(capacity), keys_(group.users * group.threads * capacity), floors_(group.users) {
     for (auto& floor : floors_) floor.store(kNoKey, std::memory_order_relaxed);
     for (int slot = 0; slot < group.threads; ++slot)
       for (int64_t user = 0; user < group.users; ++user)

@@ -202,9 +202,7 @@ def score_topk(
         best_scores = torch.full(shape, -torch.inf, dtype=_compute_dtype(queries, table.items), device=device)
         best_ids = torch.full(shape, -1, dtype=torch.int64, device=device)
         for chunk in _scored(queries, table.settled(), query_mask, reduce, mask, exclude):
-            best_scores, best_ids = _merge(
-                best_scores, best_ids, chunk.scores, chunk.rows.where(chunk.allowed, -1), k
-            )
+            best_scores, best_ids = _merge(best_scores, best_ids, chunk.scores, chunk.rows.where(chunk.allowed, -1), k)
         return best_scores, best_ids
 
 

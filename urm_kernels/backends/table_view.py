@@ -37,16 +37,16 @@ class TableView(NamedTuple):
         if self.overlay is None:
             return self
 
-        def replaced(whole: Tensor | None, part: Tensor) -> Tensor | None:
-            if whole is None or whole.dtype != torch.float8_e4m3fn:
-                return whole if whole is None else whole.clone().index_copy_(0, rows, part)
+        def replaced(whole: Tensor | None, part: Tensor | None) -> Tensor | None:
+            if whole is None or part is None:
+                return whole
+            if whole.dtype != torch.float8_e4m3fn:
+                return whole.clone().index_copy_(0, rows, part)
             as_bytes = whole.view(torch.uint8).clone().index_copy_(0, rows, part.view(torch.uint8))
             return as_bytes.view(whole.dtype)
 
         rows = self.overlay.rows
-        items, bias, row_scale = (
-            replaced(whole, part) for whole, part in zip(self[:3], self.overlay[1:], strict=True)
-        )
+        items, bias, row_scale = (replaced(whole, part) for whole, part in zip(self[:3], self.overlay[1:], strict=True))
         assert items is not None
         return TableView(items, bias, row_scale, self.alive)
 

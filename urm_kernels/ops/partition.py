@@ -93,9 +93,7 @@ def _log_partition_backward_fake(grad, logarithms, queries, items, *rest):
 
 def _setup_context(ctx, inputs, output) -> None:
     queries, items, bias, row_scale, alive, _, query_mask, reduce, mask, exclude, temperature, backend = inputs
-    ctx.save_for_backward(
-        output, queries, items, bias, row_scale, alive, query_mask, mask, exclude, temperature
-    )
+    ctx.save_for_backward(output, queries, items, bias, row_scale, alive, query_mask, mask, exclude, temperature)
     ctx.reduce, ctx.backend = reduce, backend
 
 

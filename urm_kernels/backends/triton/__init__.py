@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..table_view import TableView, without_removed
 
-
 ROW_SCALE = False  # whether rows may have a scale
 
 
