@@ -380,7 +380,7 @@ FILTERS = {
 
 
 def gradients(function, made, upstream, device, **options):
-    made = {name: tensor.to(device).requires_grad_() for name, tensor in made.items()}
+    made = {name: tensor.to(device).clone().requires_grad_() for name, tensor in made.items()}
     given = {name: tensor for name, tensor in made.items() if name != "projection"}
     queries, items = given.pop("queries"), given.pop("items")
     if function is by_torch:
@@ -465,7 +465,7 @@ def test_a_user_without_a_finite_result_gives_and_gets_no_gradient(machine, devi
 @pytest.mark.parametrize("learns", [False, True])
 def test_opcheck(backend, device, names, learns):
     pytest.importorskip("expecttest", reason="torch.testing imports it for opcheck")
-    made = {name: tensor.to(device).requires_grad_(learns) for name, tensor in leaves(torch.float32).items()}
+    made = {name: tensor.to(device).clone().requires_grad_(learns) for name, tensor in leaves(torch.float32).items()}
     given = {
         **on(device, FILTERS["shared"] | FILTERS["user"]),
         "bias": made["bias"],
@@ -536,7 +536,7 @@ def test_autocast_touches_neither_the_result_nor_the_gradients(backend, device):
     made, found = leaves(torch.float32, d=5), []
     made["projection"] = torch.eye(5)
     for enabled in (False, True):
-        leaf = {name: tensor.to(device).requires_grad_() for name, tensor in made.items()}
+        leaf = {name: tensor.to(device).clone().requires_grad_() for name, tensor in made.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
             result = log_partition(leaf["queries"], leaf["items"], bias=leaf["bias"], backend=backend)
             result.sum().backward()
