@@ -27,6 +27,19 @@ def log_partition(
     torch_threads: int,
     out: int,
 ) -> None: ...
+def log_partition_backward(
+    queries: _Queries,
+    table: _Table,
+    reduce: int,
+    filter: _Filter,
+    temperature: float,
+    torch_threads: int,
+    logarithms: int,
+    grad: int,
+    grad_queries: int,
+    grad_items: int,
+    grad_bias: int,
+) -> float: ...
 def score_candidates(
     queries: _Queries,
     table: _Table,

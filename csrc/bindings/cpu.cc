@@ -8,6 +8,7 @@
 
 #include "../cpu/candidates.h"
 #include "../cpu/ceilings.h"
+#include "../cpu/partition_gradient.h"
 #include "../cpu/rows.h"
 #include "../cpu/scan.h"
 #include "../cpu/upper_bounds.h"
@@ -175,6 +176,25 @@ void log_partition(const Queries& queries, const Table& table, int reduce, const
   run(&urm::scan_partition, request);
 }
 
+// The gradient of the temperature is returned; the others are written, where an address is given.
+double log_partition_backward(const Queries& queries, const Table& table, int reduce, const FilterSpec& filter,
+                              float temperature, int torch_threads, uintptr_t logarithms, uintptr_t grad,
+                              uintptr_t grad_queries, uintptr_t grad_items, uintptr_t grad_bias) {
+  urm::PartitionGradientRequest request;
+  set_scan(queries, table, reduce, filter, torch_threads, request);
+  request.scan = urm::ScanMode::kExact;
+  request.temperature = temperature;
+  request.logarithms = at<float>(logarithms);
+  request.grad = at<float>(grad);
+  request.grad_queries = at<float>(grad_queries);
+  request.grad_items = at<float>(grad_items);
+  request.grad_bias = at<float>(grad_bias);
+  double grad_temperature = 0;
+  request.grad_temperature = &grad_temperature;
+  run(&urm::partition_gradient, request);
+  return grad_temperature;
+}
+
 void score_candidates(const Queries& queries, const Table& table, int reduce, uintptr_t candidates, int64_t count,
                       bool shared, bool reduced, int torch_threads, uintptr_t out) {
   urm::CandidatesRequest request;
@@ -202,6 +222,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("threads", &chosen_threads, "Threads a call may use: URM_NUM_THREADS, or the number given (torch's).");
   m.def("score_topk", &score_topk);
   m.def("log_partition", &log_partition);
+  m.def("log_partition_backward", &log_partition_backward);
   m.def("score_candidates", &score_candidates, "Scores [users, count], or dots [users, queries, count] not reduced.");
   m.def(
       "write_rows",

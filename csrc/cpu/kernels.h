@@ -52,6 +52,20 @@ struct Kernels {
   // Adds exp(scores / temperature) of the given lanes, none of them NaN, to a sum.
   void (*add_exponentials)(const float* scores, uint32_t lanes, float temperature, ExponentialSum* sum);
 
+  // Of 16 rows and a user's `count` dots of each (`stride` apart): scores / temperature, and shares = factor *
+  // exp(score / temperature - logarithm). Returns those of the given lanes that have a share; NaN has none. Under max,
+  // winners[i] is the lowest of the largest dots; under logsumexp, weights[m * 16 + i] is d score / d dot.
+  uint32_t (*shares_max)(const float* dots, int64_t stride, int64_t count, const float* bias, float temperature,
+                         float logarithm, float factor, uint32_t lanes, float* scores, float* shares, int32_t* winners);
+  uint32_t (*shares_log_sum_exp)(const float* dots, int64_t stride, int64_t count, const float* bias, float temperature,
+                                 float logarithm, float factor, uint32_t lanes, float* scores, float* shares,
+                                 float* weights);
+
+  // sum = sum over j of factors[j] query[chosen[j]], and block[chosen[j]] += factors[j] row; queries and blocks [.,
+  // padded].
+  void (*add_products)(const float* row, const float* queries, int64_t padded, const int32_t* chosen,
+                       const float* factors, int64_t count, float* block, float* sum);
+
   // out[q * stride + i] *= scales[i] for 16 rows and `count` queries.
   void (*scale_dots)(const float* scales, int64_t count, int64_t stride, float* dots);
 

@@ -46,6 +46,17 @@ struct Vector {
     _mm256_storeu_ps(p, low);
     _mm256_storeu_ps(p + 8, high);
   }
+  static Vector select_less(Vector x, Vector y, Vector a, Vector b) {
+    return {_mm256_blendv_ps(b.low, a.low, _mm256_cmp_ps(x.low, y.low, _CMP_LT_OQ)),
+            _mm256_blendv_ps(b.high, a.high, _mm256_cmp_ps(x.high, y.high, _CMP_LT_OQ))};
+  }
+  static Vector power_of_two(Vector n) {
+    const auto power = [](__m256 n) {
+      const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+      return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+    };
+    return {power(n.low), power(n.high)};
+  }
   static uint32_t lanes_of_group(const int32_t* exponents, int32_t group) {
     const __m256i wanted = _mm256_set1_epi32(group);
     const auto same = [&](const int32_t* n) {

@@ -1,5 +1,6 @@
 // Plain C++ for any machine: std::fma on each of the 16 running sums. The specification in code; slow where the
 // processor has no fused multiply-add in its base instruction set.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -90,6 +91,12 @@ struct Vector {
     return mask([&](int i) { return x.v[i] < y.v[i]; });
   }
   void store(float* p) const { std::memcpy(p, v, sizeof v); }
+  static Vector select_less(const Vector& x, const Vector& y, const Vector& a, const Vector& b) {
+    return each([&](int i) { return x.v[i] < y.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static Vector power_of_two(const Vector& n) {
+    return each([&](int i) { return std::ldexp(1.0f, std::clamp(to_integer(n.v[i]), -126, 127)); });
+  }
   static uint32_t lanes_of_group(const int32_t* exponents, int32_t group) {
     return mask([&](int i) { return exponents[i] >> kGroupBits == group; });
   }

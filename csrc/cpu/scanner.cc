@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "../common/log_sum_exp.h"
+#include "exact_dots.h"
 #include "float_environment.h"
 #include "partition_results.h"
 #include "topk_results.h"
@@ -52,37 +53,8 @@ void Scanner<Results>::scan_chunk(int64_t begin, int64_t end) {
 
 template <class Results>
 void Scanner<Results>::scan_exact(int64_t begin, int64_t end) {
-  if (group_.direct()) scan_rows(begin, end);
-  else scan_panels(begin, end);
-}
-
-template <class Results>
-void Scanner<Results>::scan_rows(int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; row += kLanes) {
-    const int64_t count = std::min<int64_t>(kLanes, end - row);
-    int64_t stride;
-    const float* rows = tile_of(group_, work_, row, count, &stride);
-    kernels_.dots_of_rows(rows, stride, group_.packed.rows.data(), group_.packed.total, group_.padded,
-                          memory_of(request_.items, row + kLanes, kLanes), work_.dots.data());
-    select(row, count, work_.dots.data(), kLanes);
-  }
-}
-
-template <class Results>
-void Scanner<Results>::scan_panels(int64_t begin, int64_t end) {
-  const int64_t wide = kernels_.panel_rows;
-  for (int64_t row = begin; row < end; row += wide) {
-    for (int64_t column = 0; column < wide; column += kLanes) {
-      int64_t stride;
-      const float* rows =
-          tile_of(group_, work_, row + column, std::clamp<int64_t>(end - row - column, 0, kLanes), &stride);
-      kernels_.transpose(rows, stride, group_.padded, static_cast<int>(column), work_.panel.data());
-    }
-    kernels_.dots_of_panel(work_.panel.data(), group_.panel.data(), group_.packed.total, group_.padded,
-                           memory_of(request_.items, row + wide, wide), work_.dots.data());
-    for (int64_t column = 0; column < wide && row + column < end; column += kLanes)
-      select(row + column, std::min<int64_t>(kLanes, end - row - column), work_.dots.data() + column, wide);
-  }
+  exact_dots(group_, work_, begin, end,
+             [&](int64_t row, int64_t count, const float* dots, int64_t stride) { select(row, count, dots, stride); });
 }
 
 template <class Results>
@@ -103,9 +75,7 @@ void Scanner<Results>::scan_bounded(int64_t begin, int64_t end) {
 
 // Exact scores of one tile for every user.
 template <class Results>
-void Scanner<Results>::select(int64_t row, int64_t count, float* dots, int64_t stride) {
-  if (request_.row_scale.data)
-    kernels_.scale_dots(row_scale_of(group_, work_, row, count), group_.packed.total, stride, dots);
+void Scanner<Results>::select(int64_t row, int64_t count, const float* dots, int64_t stride) {
   const float* bias = request_.bias.data ? bias_of(group_, work_, row, count) : nullptr;
   const uint32_t rows_present = (1u << count) - 1;
   const auto prune = request_.reduce == Reduce::kLogSumExp ? kernels_.prune_log_sum_exp : kernels_.prune_max;

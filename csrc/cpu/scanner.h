@@ -24,11 +24,9 @@ class Scanner {
  private:
   void scan_chunk(int64_t begin, int64_t end);
   void scan_exact(int64_t begin, int64_t end);
-  void scan_rows(int64_t begin, int64_t end);
-  void scan_panels(int64_t begin, int64_t end);
   void scan_bounded(int64_t begin, int64_t end);
 
-  void select(int64_t row, int64_t count, float* dots, int64_t stride);
+  void select(int64_t row, int64_t count, const float* dots, int64_t stride);
   void select_bounded(const Slice& slice, int64_t row, int64_t column);
   // What is known of one row: cheap scores of the user's queries, panel_rows apart, and its side of the bound.
   struct Bounded {

@@ -22,6 +22,15 @@ struct Vector {
   static uint32_t unordered(Vector x) { return _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q); }
   static uint32_t less(Vector x, Vector y) { return _mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ); }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
+  // a where x < y, else b.
+  static Vector select_less(Vector x, Vector y, Vector a, Vector b) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ), b.v, a.v)};
+  }
+  // 2^n for integers n from -126 to 127.
+  static Vector power_of_two(Vector n) {
+    const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
+  }
   // Lanes whose exponent is in a group, and the sum of their mantissas, each by its place in the group.
   static uint32_t lanes_of_group(const int32_t* exponents, int32_t group) {
     const __m512i groups = _mm512_srai_epi32(_mm512_loadu_si512(exponents), kGroupBits);

@@ -94,6 +94,38 @@ def log_partition(
     return out
 
 
+def log_partition_backward(
+    grad: Tensor,
+    logarithms: Tensor,
+    queries: Tensor,
+    table: TableView,
+    query_mask: Tensor | None,
+    reduce: str,
+    mask: Tensor | None,
+    exclude: Tensor | None,
+    temperature: Tensor,
+    needs_items: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of queries, items, bias (empty [0] where not needed) and temperature."""
+    grad, logarithms = grad.contiguous(), logarithms.contiguous()
+    grad_queries = torch.empty(queries.shape)
+    rows, r = table.items.shape
+    grad_items, grad_bias = torch.empty((rows, r) if needs_items else (0,)), torch.empty(rows if needs_bias else 0)
+    arguments, _held = _scan(queries, table, query_mask, reduce, mask, exclude)
+    grad_temperature = extension().log_partition_backward(
+        *arguments,
+        temperature.item(),
+        torch.get_num_threads(),
+        logarithms.data_ptr(),
+        grad.data_ptr(),
+        grad_queries.data_ptr(),
+        grad_items.data_ptr() if needs_items else 0,
+        grad_bias.data_ptr() if needs_bias else 0,
+    )
+    return grad_queries, grad_items, grad_bias, torch.tensor(grad_temperature, dtype=torch.float32)
+
+
 def score_candidates(
     queries: Tensor, table: TableView, candidates: Tensor, query_mask: Tensor | None, reduce: str
 ) -> Tensor:

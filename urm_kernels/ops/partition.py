@@ -63,22 +63,12 @@ def _log_partition_backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     table = TableView(items, bias, row_scale, alive)
-    chosen = library.choose("candidate_dots", queries, table, backend)
+    options = (queries, table, query_mask, reduce, mask, exclude, temperature)
+    chosen = library.choose("log_partition", queries, table, backend)
+    if hasattr(chosen, "log_partition_backward"):
+        return chosen.log_partition_backward(grad, logarithms, *options, needs_items, needs_bias)
     with default_float_mode(queries.device):
-        return gradients.partition_gradients(
-            grad,
-            logarithms,
-            queries,
-            table,
-            query_mask,
-            reduce,
-            mask,
-            exclude,
-            temperature,
-            chosen,
-            needs_items,
-            needs_bias,
-        )
+        return gradients.partition_gradients(grad, logarithms, *options, chosen, needs_items, needs_bias)
 
 
 def _log_partition_backward_fake(grad, logarithms, queries, items, *rest):
