@@ -102,7 +102,8 @@ def partition_gradients(
             scores = scores + table.bias[part].to(dtype)
         scores = scores / temperature
         counts = allowed_rows(at, users, mask, exclude, table.alive) & finite[:, None] & ~torch.isnan(scores)
-        share = torch.exp(scores - logarithms[:, None]).masked_fill(~counts, 0) * grad[:, None] / temperature
+        share = torch.exp(scores - logarithms[:, None]) * grad[:, None] / temperature
+        share = share.masked_fill(~counts, 0)
         grad_temperature -= (share * scores.masked_fill(share == 0, 0)).sum(dtype=torch.float64)
         if needs_bias:
             grad_bias[part] = share.sum(0)
@@ -115,7 +116,8 @@ def partition_gradients(
         values = table.items[part].to(dtype).masked_fill(idle[:, None], 0)
         grad_asked += (flat @ values).view(asked.shape)
         if needs_items:
-            grad_items[part] = flat.T @ _existing(asked, asked_exist).flatten(0, 1)
+            idle = (flat == 0).all(1, keepdim=True)
+            grad_items[part] = flat.T @ asked.flatten(0, 1).masked_fill(idle, 0)
     if adds:
         share_of_query = query_weights(None, exists, reduce).double()
         grad_queries = grad_asked * share_of_query

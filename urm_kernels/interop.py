@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,15 +17,17 @@ def as_tensor(name: str, value: Any) -> Any:
     """
     if isinstance(value, Tensor) or not hasattr(value, "__dlpack__"):
         return value
+    kind = f"{type(value).__module__}.{type(value).__name__}"
     try:
-        if type(value).__module__ == "numpy":
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError("it has a mask of its own, which would be lost")
+        if isinstance(value, np.ndarray):
             # Read-only NumPy arrays do not export through DLPack; nothing here writes into arguments.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
                 return torch.from_numpy(value)
         return torch.from_dlpack(value)
-    except (TypeError, ValueError, RuntimeError, BufferError) as error:
-        kind = f"{type(value).__module__}.{type(value).__name__}"
+    except (AttributeError, TypeError, ValueError, RuntimeError, BufferError) as error:
         raise TypeError(f"{name}: this {kind} cannot be taken as a tensor: {error}") from error
 
 
@@ -44,7 +47,7 @@ def in_kind(result: Any, like: Any) -> Any:
     if isinstance(result, tuple):
         return type(result)(*(in_kind(part, like) for part in result))
     result = result.detach()
-    if type(like).__module__ == "numpy":
+    if isinstance(like, np.ndarray):
         return result.numpy(force=True)
     if not hasattr(like, "__array_namespace__"):
         raise TypeError(f"like: an array with __array_namespace__ or a tensor is wanted, {type(like).__name__} came")

@@ -16,9 +16,17 @@ import torch
 from torch import Tensor
 
 from .backends.table_view import rows_of_bits
+from .interop import as_tensor
 
 _PRIME = np.uint64(0x9E3779B97F4A7C15)  # odd: its powers are a permutation of each character's weight
 _HASHED_AT_ONCE = 1 << 22  # bytes
+
+
+def as_names(argument: str, names: Any) -> Any:
+    """Arrays of numbers as tensors; strings as they are."""
+    if isinstance(names, np.ndarray) and names.dtype.kind not in "iufb":
+        return names
+    return as_tensor(argument, names)
 
 
 class Names:

@@ -175,6 +175,7 @@ def log_partition(
     table, queries, query_mask = _common(queries, items, projection, query_mask, reduce, bias)
     users, rows = queries.shape[0], table.items.shape[0]
     mask, exclude = _filters(mask, exclude, users, rows, queries)
+    temperature = as_tensor("temperature", temperature)
     temperature = checks.temperature(temperature, ops.library.compute_dtype(queries, table.items), queries.device)
     return ops.log_partition(queries, *table, query_mask, reduce, mask, exclude, temperature, checks.backend(backend))
 

@@ -12,7 +12,7 @@ from . import checks, table_file
 from .backends.table_view import rows_of_bits
 from .factorize import factorize
 from .interop import as_tensor
-from .names import Names
+from .names import Names, as_names
 from .table_changes import ROW_PARTS, ChangingTable
 
 _PARTS = (*ROW_PARTS, "text_projection", "alive", "ids", "id_text", "id_offsets")
@@ -69,7 +69,7 @@ class ItemTable(ChangingTable):
         super().__init__()
         factors = as_tensor("factors", factors)
         text, text_projection = as_tensor("text", text), as_tensor("text_projection", text_projection)
-        row_scale, bias, ids = as_tensor("row_scale", row_scale), as_tensor("bias", bias), as_tensor("ids", ids)
+        row_scale, bias, ids = as_tensor("row_scale", row_scale), as_tensor("bias", bias), as_names("ids", ids)
         checks.flag("trainable", trainable)
         checks.table(factors, text, text_projection, row_scale, bias, trainable)
         names = None
@@ -175,7 +175,8 @@ class ItemTable(ChangingTable):
 
         Raises ValueError where one is not in the table, or has been removed.
         """
-        external = as_tensor("external", external)
+        if not (self._names is not None and self._names.are_strings):
+            external = as_tensor("external", external)
         with self._lock:
             if self._names is not None:
                 return self._names.rows(external, self.alive).to(self.factors.device)

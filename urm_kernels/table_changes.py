@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import checks
 from .backends.table_view import bits_of_rows, gather_rows, rows_of_bits
 from .interop import as_tensor
-from .names import Names
+from .names import Names, as_names
 from .updates import UpdateLog, write_rows
 
 ROW_PARTS = ("factors", "text", "row_scale", "bias")  # one row an item
@@ -174,7 +174,7 @@ class ChangingTable(nn.Module):
                 raise ValueError(f"{wanted}: {what}")
             names = None
             if self._names is not None:
-                more = Names.of(as_tensor("ids", ids), count)
+                more = Names.of(as_names("ids", ids), count)
                 names = self._known_names().joined(more, self.alive)
             if self.encoded is not None:
                 values["encoded"] = self._encode(values["factors"], values["text"])

@@ -144,7 +144,7 @@ void run(bool (*scan)(const Request&), Request& request) {
   // be.
   if (PyThread_get_thread_ident() == main_thread)
     request.interrupted = [&] {
-      if (Clock::now() - asked < std::chrono::milliseconds(50)) return false;
+      if (signalled || Clock::now() - asked < std::chrono::milliseconds(50)) return signalled;
       asked = Clock::now();
       const py::gil_scoped_acquire gil;
       return signalled = PyErr_CheckSignals() != 0;

@@ -67,7 +67,6 @@ Request sampled(const Request& request, int64_t first, int64_t last, int64_t ste
   sample.overlay = request.overlay.sampled(step);
   sample.filter = request.filter.sampled(first, step);
   sample.scan = ScanMode::kExact;
-  sample.interrupted = nullptr;
   return sample;
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends.table_view import rows_of_bits
 from . import library
 from .topk import scored_rows_backward
 
@@ -43,11 +44,13 @@ def _score_candidates_fake(queries, items, bias, row_scale, alive, log, candidat
 
 def _setup_context(ctx, inputs, output) -> None:
     queries, items, bias, row_scale, alive, _, candidates, query_mask, reduce, sparse_grad, backend = inputs
+    # What scores -inf whatever rows and bias hold has no gradient.
     ids = candidates.expand(queries.shape[0], -1)
-    # A removed row's score is -inf whatever the row holds.
-    if alive is not None:
-        taken = ids.clamp(min=0)
-        ids = torch.where(((alive[taken >> 3] >> (taken & 7)) & 1).bool(), ids, -1)
+    if alive is not None and items.shape[0]:
+        ids = ids.where(rows_of_bits(alive, ids.clamp(min=0)), -1)
+    if query_mask is not None or queries.shape[1] == 0:
+        exists = queries.new_zeros(queries.shape[0], dtype=torch.bool) if query_mask is None else query_mask.any(1)
+        ids = ids.where(exists[:, None], -1)
     ctx.save_for_backward(queries, items, row_scale, query_mask, ids)
     ctx.reduce, ctx.sparse_grad, ctx.backend = reduce, sparse_grad, backend
     ctx.bias = None if bias is None else (bias.shape[0], bias.dtype)
