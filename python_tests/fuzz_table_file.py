@@ -1,9 +1,9 @@
 """Hostile table files by the million: `python fuzz_table_file.py --files 1000000 --seed 0`.
 
-Valid files of several kinds are mutated: bytes flipped, pieces spliced, ends cut off, numbers and structure of the header
-changed. Each is loaded as a map; where that succeeds its names are looked up, and it is scored. The only ends that are
-allowed are success, ValueError and OSError; a crash ends a worker process and names its file, which file number and seed
-make again:
+Valid files of several kinds are mutated: bytes flipped, pieces spliced, ends cut off, numbers and structure of the
+header changed. Each is loaded as a map; where that succeeds its names are looked up, and it is scored. The only ends
+that are allowed are success, ValueError and OSError; a crash ends a worker process and names its file, which file
+number and seed make again:
 
     python fuzz_table_file.py --show SEED NUMBER > table.safetensors
 

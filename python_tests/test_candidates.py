@@ -60,11 +60,11 @@ def test_rows_have_the_bits_of_score_topk_on_every_machine(machine, device, inde
 def test_batches_beyond_a_block_of_users_and_any_number_of_threads_agree(machine, device, monkeypatch, shared):
     # Users who share candidates are served 64 at a time.
     items = make_items("decay", 300, 33, 1)
-    queries = make_queries("decay", 130, 3, 33, 1, items).to(device)
+    queries = make_queries("decay", 130, 2, 33, 1, items).to(device)
     chosen, items = torch.randint(-1, 300, (130, 37), device=device), items.to(device)
     chosen = chosen[0] if shared else chosen
     results = []
-    for threads in (1, 2, 3, 4):
+    for threads in (1, 2, 3, 4) if machine[0] == "cpu" else (1,):
         monkeypatch.setenv("URM_NUM_THREADS", str(threads))
         results.append(score_candidates(queries, items, chosen, reduce="logsumexp"))
         assert_equal_bits(results[-1], results[0])
@@ -228,7 +228,7 @@ def test_gradcheck(device, reduce, masked):
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("sparse", "shared"), [(False, True), (True, False)])
-def test_gradients_equal_torch_in_float64(machine, device, reduce, dtype, sparse, shared):
+def test_gradients_equal_torch_in_float64(backend, device, reduce, dtype, sparse, shared):
     made = [tensor.detach() for tensor in leaves(dtype=torch.float32, rows=60, r=20)]
     made[2] = made[2].to(dtype)
     chosen = torch.cat([torch.randint(0, 60, (3, 18)), torch.full((3, 2), -1)], 1)[:, torch.randperm(20)]
@@ -237,7 +237,7 @@ def test_gradients_equal_torch_in_float64(machine, device, reduce, dtype, sparse
     there, upstream = chosen.expand(3, -1) >= 0, torch.randn(3, 20)
     ours = [tensor.to(device).clone().requires_grad_() for tensor in made]
     found = score_candidates(ours[0], ours[2], chosen.to(device), projection=ours[1], bias=ours[3], reduce=reduce,
-                             query_mask=EXISTS.to(device), sparse_grad=sparse)  # fmt: skip
+                             query_mask=EXISTS.to(device), sparse_grad=sparse, backend=backend)  # fmt: skip
     found.backward(torch.where(there, upstream, NAN).to(device))  # pads take none, whatever comes from above
     errors = []
     for precision in (torch.float64, torch.float32):

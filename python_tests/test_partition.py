@@ -1,21 +1,18 @@
 """log_partition: the softmax's denominator over all items. Values, bits, gradients, memory."""
 
+import concurrent.futures
 import functools
 import math
-import signal
-import subprocess
-import sys
-import threading
-import time
 
 import pytest
+import test_concurrency
 import torch
-from support import HALVES, INF, NAN, PACKAGE_ROOT, REDUCTIONS, bits, packed, run_python
+from support import HALVES, INF, NAN, REDUCTIONS, bits, packed, run_python
 from test_bits import CASES, case, of_user, on
 from test_gradients import by_torch as scores_by_torch
 
 from urm_kernels import ItemTable, log_partition, score_candidates
-from urm_kernels.testing import allowed_rows, forced, make_items, make_queries, three_way_error
+from urm_kernels.testing import allowed_rows, available_backends, forced, make_items, make_queries, three_way_error
 
 TEMPERATURES = (1.0, 1e-3, 0.05, 0.37, 3.0, 1e3)
 EXISTS = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
@@ -57,7 +54,7 @@ def expected(index):
         return log_partition(queries, items, temperature=TEMPERATURES[index % 6], **options)
 
 
-@pytest.mark.parametrize("index", CASES)
+@pytest.mark.parametrize("index", CASES[:24])
 def test_every_machine_has_the_bits_of_the_reference_and_the_stated_error(machine, device, index):
     queries, items, _, options = case(index)
     temperature = TEMPERATURES[index % 6]
@@ -72,26 +69,16 @@ def test_every_machine_has_the_bits_of_the_reference_and_the_stated_error(machin
         assert_equal_bits(alone, expected(index)[user : user + 1])
 
 
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("kind", ["iid", "norms", "sorted", "reversed", "duplicates"])
+@pytest.mark.parametrize("temperature", [1.0, 1e-3, 0.37])
+@pytest.mark.parametrize("kind", ["norms", "sorted", "duplicates"])
 def test_the_order_of_rows_does_not_matter_at_all(machine, device, kind, temperature):
-    items = make_items(kind, 900, 12, 3)
-    queries, bias, mask = make_queries(kind, 5, 3, 12, 3, items).to(device), torch.randn(900), torch.rand(5, 900) < 0.8
+    items = make_items(kind, 400, 12, 3)
+    queries, bias, mask = make_queries(kind, 5, 3, 12, 3, items).to(device), torch.randn(400), torch.rand(5, 400) < 0.8
     results = []
-    for order in (torch.arange(900), torch.randperm(900), torch.arange(899, -1, -1), bias.argsort()):
+    for order in (torch.arange(400), torch.randperm(400), torch.arange(399, -1, -1), bias.argsort()):
         given = on(device, {"bias": bias[order], "mask": mask[:, order], "temperature": temperature})
         results.append(log_partition(queries, items[order].to(device), **given))
-    for result in results[1:]:
-        assert_equal_bits(result, results[0])
-
-
-def test_groups_of_users_agree_with_each_user_alone(machine, device):
-    items = make_items("decay", 90, 17, 3).to(device)
-    queries = make_queries("decay", 70, 9, 17, 3, items.cpu()).to(device)
-    batch = log_partition(queries, items, reduce="logsumexp", temperature=0.1)
-    for user in (0, 55, 56, 57, 69):
-        alone = log_partition(queries[user : user + 1], items, reduce="logsumexp", temperature=0.1)
-        assert_equal_bits(alone, batch[user : user + 1])
+        assert_equal_bits(results[-1], results[0])
 
 
 # Around a tie: the two largest terms add up to the middle between two floats, so that one more unit of any term that
@@ -118,9 +105,9 @@ def edge(exponent):
     return torch.nextafter(inside, down).item(), inside.item()
 
 
-@pytest.mark.parametrize("rows", [5, 17, 256, 257, 1500])
+@pytest.mark.parametrize("rows", [5, 17, 257, 1500])
 @pytest.mark.parametrize("users", [1, 9])
-@pytest.mark.parametrize("temperature", [1.0, 0.25, 1024.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
 def test_terms_in_the_last_group_count_and_terms_below_do_not(machine, device, rows, users, temperature):
     outside, inside = edge(-8 * depth(rows))
     tie = log_partition(*column(TIE + [-INF] * (rows - 2), device, users))
@@ -136,74 +123,57 @@ def test_terms_in_the_last_group_count_and_terms_below_do_not(machine, device, r
         assert (found > tie).all() and (found - tie < 3e-7).all()
 
 
-ARRANGEMENTS = ("shuffled", "ascending", "descending", "top in the sample", "top beside the sample", "top last")
+# Where the rows with the largest scores lie; a scan of many rows looks at every 256th first.
+TOPS = {"anywhere": (30_001, 7), "in the sample": (256, 65_280), "beside the sample": (257, 65_281), "last": (-1, -2)}
 
 
 @functools.cache
 def spread_values(spread, rows=66_000):
-    """Scores of which many lie on either side of the window's end, and the reference's result."""
+    """Scores of which many lie on either side of the window's end, the top behind, and the reference's result."""
     outside, inside = edge(-8 * depth(rows))
     generator = torch.Generator().manual_seed(5)
+    values = torch.randn(rows, generator=generator) * (spread if spread != "edge" else 1)
+    values = (values - values.max()).clamp(max=-1.0)
     if spread == "edge":
-        values = torch.where(torch.rand(rows, generator=generator) < 0.5, outside, -60.0)
-        values[:40] = inside
-    else:
-        values = torch.randn(rows, generator=generator) * spread
-        values = (values - values.max()).clamp(max=-1.0)
+        values[:], values[:40] = torch.where(values < -4, outside, -60.0), inside
     values[-2:] = torch.tensor(TIE)
     with forced("reference"):
         return values, log_partition(*column(values, "cpu"))
 
 
-@pytest.mark.parametrize("spread", ["edge", 5.0, 1e3, 1e30])
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("spread", ["edge", 5.0, 1e30])
+@pytest.mark.parametrize("arrangement", ["ascending", "descending", *TOPS])
 def test_neither_pruning_nor_threads_nor_where_the_top_lies_change_a_bit(monkeypatch, cheap_isa, spread, arrangement):
     values, wanted = spread_values(spread)
     ordered = values.sort(descending=arrangement == "descending").values
-    if "cending" not in arrangement:
-        shuffled = values[torch.randperm(len(values))]
-        top, rest = TIE, shuffled[shuffled < 0]
-        places = {
-            "top in the sample": [256, 65_280],
-            "top beside the sample": [257, 65_281],
-            "top last": [65_998, 65_999],
-        }
-        at = torch.tensor(places.get(arrangement, [30_001, 7]))
-        ordered = torch.empty_like(values)
-        free = torch.ones(len(values), dtype=torch.bool)
-        free[at] = False
-        ordered[at], ordered[free] = torch.tensor(top), rest
+    if arrangement in TOPS:
+        ordered = torch.cat([values[:-2][torch.randperm(len(values) - 2)], values[-2:]])
+        for place, row in zip(TOPS[arrangement], (-1, -2), strict=True):
+            ordered[[place, row]] = ordered[[row, place]]
     queries, items = column(ordered, "cpu", users=9, width=20)
     items[:, 5:] = torch.randn(len(items), 15) * 3  # which the queries do not see, and bounds have to allow for
-    for isa, scan, threads in ((cheap_isa, "bounded", 1), (cheap_isa, "bounded", 4), (cheap_isa, "auto", 2),
-                               (cheap_isa, "exact", 3)):  # fmt: skip
+    for scan, threads in (("bounded", 1), ("bounded", 4), ("auto", 2)):
         monkeypatch.setenv("URM_NUM_THREADS", str(threads))
-        with forced("cpu", isa, scan):
+        with forced("cpu", cheap_isa, scan):
             assert_equal_bits(log_partition(queries, items), wanted.expand(9))
 
 
-@pytest.mark.parametrize("kind", ["iid", "norms", "sorted:decay", "reversed:decay", "giant"])
+@pytest.mark.parametrize("kind", ["norms", "reversed:decay", "giant"])
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_exact_and_bounded_scans_of_a_large_table_agree(monkeypatch, cheap_isa, kind, reduce):
     items = make_items(kind, 66_000, 24, 9).bfloat16()
     queries, bias = make_queries(kind, 4, 5, 24, 9, items.float()), torch.randn(66_000)
-    mask = torch.rand(4, 66_000) < torch.tensor([[1.0], [0.9], [0.001], [0.5]])
-    exclude = torch.arange(0, 256 * 100, 256).expand(4, 100)
+    mask = packed(torch.rand(4, 66_000) < torch.tensor([[1.0], [0.9], [0.001], [0.5]]))
     # Without its best rows, and those of the sample, a user's sum is another one.
     best = (queries.amax(1) @ items.float().T).topk(50).indices
-    for options in (
-        {},
-        {"bias": bias, "mask": packed(mask), "temperature": 0.1},
-        {"exclude": best},
-        {"exclude": exclude},
-    ):
+    sample = torch.arange(0, 256 * 100, 256).expand(4, 100)
+    for options in ({}, {"bias": bias, "mask": mask, "temperature": 0.1}, {"exclude": torch.cat([best, sample], 1)}):
         results = []
         for scan, threads in (("exact", 1), ("bounded", 1), ("bounded", 3), ("auto", 4)):
             monkeypatch.setenv("URM_NUM_THREADS", str(threads))
             with forced("cpu", cheap_isa, scan):
                 results.append(log_partition(queries, items, reduce=reduce, **options))
-        for result in results[1:]:
-            assert_equal_bits(result, results[0])
+            assert_equal_bits(results[-1], results[0])
 
 
 @pytest.mark.parametrize("rows", [2, 3, 1000, 65_536, 65_537, 2_000_000])
@@ -215,22 +185,13 @@ def test_equal_scores_give_the_logarithm_of_the_number_of_rows(device, rows):
     assert found.unique().numel() == 1
 
 
+BIG = 2.0**24  # from here on the largest score is the result
 HUGE = [
-    ([2.0**24 - 1, 2.0**24 - 2, 0.0], 2.0**24 - 1 + math.log(1 + math.exp(-1))),
-    ([2.0**24, 5.0, -1e30], 2.0**24),
-    ([-(2.0**24), -(2.0**24) - 2, -1e30], -(2.0**24)),
-    ([-3e38, -3e37, -INF], -3e37),
-    ([-(2.0**25), 3.0, -2.0], 3.0 + math.log1p(math.exp(-5))),
-    ([3e38, -3e38, 0.0], 3e38),
-    ([INF, 1.0, NAN], INF),
-    ([INF, -INF, NAN], INF),
-    ([-INF, -INF], -INF),
-    ([-INF, 2.0, -INF], 2.0),
-    ([NAN, NAN], -INF),
-    ([NAN, 1.5], 1.5),
-    ([-INF, NAN], -INF),
-    ([1e-42, -1e-42], math.log(2.0)),
-]
+    ([BIG - 1, BIG - 2, 0.0], BIG - 1 + math.log(1 + math.exp(-1))), ([BIG, 5.0, -1e30], BIG), ([-BIG, -1e30], -BIG),
+    ([-3e38, -3e37, -INF], -3e37), ([-2 * BIG, 3.0, -2.0], 3.0 + math.log1p(math.exp(-5))), ([3e38, -3e38, 0.0], 3e38),
+    ([INF, 1.0, NAN], INF), ([INF, -INF, NAN], INF), ([-INF, -INF], -INF), ([-INF, 2.0, -INF], 2.0), ([NAN], -INF),
+    ([NAN, 1.5], 1.5), ([-INF, NAN], -INF), ([1e-42, -1e-42], math.log(2.0)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("values", "wanted"), HUGE, ids=str)
@@ -262,23 +223,16 @@ def test_flush_denormal_changes_nothing(machine, device, temperature):
 
 
 def test_what_takes_no_part(machine, device):
-    queries, items = torch.randn(2, 3, 6), torch.randn(40, 6)
-    scores = scores_of(queries, items)
+    queries, items, nothing = torch.randn(2, 3, 6), torch.randn(40, 6), torch.zeros(40, dtype=torch.bool)
+    scores, survivor = scores_of(queries, items), torch.arange(40) == 23
     queries, items = queries.to(device), items.to(device)
-    nothing = torch.zeros(40, dtype=torch.bool, device=device)
-    assert log_partition(queries, items, mask=nothing).tolist() == [-INF, -INF]
-    survivor = nothing.clone()
-    survivor[23] = True
-    for mask in (survivor, packed(survivor.cpu()).to(device), survivor.expand(2, 40)):
-        assert_stated_error(log_partition(queries, items, mask=mask), scores[:, 23:24])
-    lists = torch.arange(39, -1, -1, device=device).expand(2, 40).clone()
-    assert log_partition(queries, items, exclude=lists).tolist() == [-INF, -INF]
-    lists[1] = torch.tensor([-1, 0, 0, 39] * 10)
-    assert_stated_error(log_partition(queries, items, exclude=lists)[1:], scores[1:, 1:39])
-    exists = torch.tensor([[False] * 3, [True, False, True]], device=device)
-    part = log_partition(queries, items, query_mask=exists, bias=torch.ones(40, device=device))
-    assert part[0].item() == -INF
-    assert_stated_error(part[1:], scores_of(queries[1:, [0, 2]].cpu(), items.cpu()) + 1)
+    assert log_partition(queries, items, mask=nothing.to(device)).tolist() == [-INF, -INF]
+    for mask in (survivor, packed(survivor), survivor.expand(2, 40)):
+        assert_stated_error(log_partition(queries, items, mask=mask.to(device)), scores[:, 23:24])
+    lists = torch.stack([torch.arange(39, -1, -1), torch.tensor([-1, 0, 0, 39] * 10)]).to(device)
+    found = log_partition(queries, items, exclude=lists)
+    assert found[0].item() == -INF
+    assert_stated_error(found[1:], scores[1:, 1:39])
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 5, 3), (2, 0, 5, 3), (2, 2, 0, 3), (2, 2, 5, 0), (1, 1, 1, 1)], ids=str)
@@ -295,19 +249,6 @@ def test_empty_sizes_forward_and_backward(machine, device, shape, reduce):
         assert leaf.grad.shape == leaf.shape and not leaf.grad.isnan().any()
 
 
-@pytest.mark.parametrize("layout", ["transposed", "strided", "offset", "stride 0"])
-def test_layouts(machine, device, layout):
-    queries, items = torch.randn(3, 4, 16, device=device), torch.randn(70, 16, device=device)
-    other = {
-        "transposed": lambda x: x.mT.contiguous().mT,
-        "strided": lambda x: torch.stack([x, -x], -1)[..., 0],
-        "offset": lambda x: torch.cat([x.new_full((3,), NAN), x.flatten()])[3:].view(x.shape),
-        "stride 0": lambda x: x[:1].expand(x.shape),
-    }[layout]
-    found = log_partition(other(queries), other(items))
-    assert_equal_bits(found, log_partition(other(queries).contiguous(), other(items).contiguous()))
-
-
 @pytest.mark.parametrize("kind", ["removed", "row_scale", "float8"])
 def test_tables(machine, device, kind):
     factors, scale, bias = torch.randn(60, 16), torch.rand(60) + 0.5, torch.randn(60)
@@ -318,14 +259,7 @@ def test_tables(machine, device, kind):
     if kind == "removed":
         allowed[[0, 17, 59]] = False
         table.remove((~allowed).nonzero().flatten())
-    queries, table = queries.to(device).requires_grad_(), table.to(device)
-    result = log_partition(queries, table)
-    assert_stated_error(result, scores, allowed=allowed)
-    result.sum().backward()
-    wide, dense = queries.detach().cpu().double().requires_grad_(), factors.double()
-    dense = dense if kind == "removed" else dense * scale[:, None]
-    by_torch(wide, dense, bias=bias.double(), mask=allowed).sum().backward()
-    assert torch.allclose(queries.grad.cpu().double(), wide.grad, atol=1e-5)
+    assert_stated_error(log_partition(queries.to(device), table.to(device)), scores, allowed=allowed)
 
 
 WRONG = [0.0, -1.0, NAN, INF, -INF, 1e-50, 1e39, 10**400, -(10**400), torch.tensor(0.0), torch.tensor(NAN),
@@ -339,20 +273,6 @@ def test_temperatures_that_are_refused_in_words(value):
     wrong = TypeError if value is True or (torch.is_tensor(value) and not value.is_floating_point()) else wrong
     with pytest.raises(wrong, match=r"^temperature: .* wanted, .* came"):
         log_partition(torch.ones(2, 4), torch.ones(3, 4), temperature=value)
-
-
-def test_other_arguments_are_refused_as_everywhere(device):
-    queries, items = torch.ones(2, 4, device=device), torch.ones(3, 4, device=device)
-    for name, value in (("mask", torch.ones(4).bool()), ("exclude", torch.zeros(1, 1).long()), ("bias", torch.ones(2)),
-                        ("query_mask", torch.ones(2, 2).bool())):  # fmt: skip
-        with pytest.raises(ValueError, match=f"^{name}: "):
-            log_partition(queries, items, **{name: value.to(device)})
-    for changes in ({"reduce": "min"}, {"backend": "gpu"}, {"temperature": torch.ones((), device="meta")}):
-        with pytest.raises(ValueError, match=f"^{next(iter(changes))}: "):
-            log_partition(queries, items, **changes)
-    if device.type == "cpu":
-        with pytest.raises(ValueError, match=r"^exclude: .* 3 came"):
-            log_partition(queries, items, exclude=torch.tensor([[3], [0]]))
 
 
 def by_torch(queries, items, reduce="max", *, bias=None, query_mask=None, mask=None, exclude=None, temperature=1.0):
@@ -372,11 +292,14 @@ def leaves(dtype=torch.float64, rows=40, users=3, count=4, r=5, d=6, scale=1.0):
     return {name: tensor.to(dtype) for name, tensor in made.items()}
 
 
-FILTERS = {
-    "none": {},
-    "shared": {"mask": torch.arange(40) % 3 != 0, "query_mask": EXISTS},
-    "user": {"mask": packed(torch.arange(120).view(3, 40) % 5 != 0), "exclude": torch.tensor([[1, 1, -1, 39]] * 3)},
-}
+def filters(kind, rows=40):
+    spread = torch.arange(3 * rows).view(3, rows)
+    lists = torch.tensor([[1, 1, -1, rows - 1]] * 3)
+    return {"none": {}, "shared": {"mask": spread[0] % 3 != 0, "query_mask": EXISTS},
+            "user": {"mask": packed(spread % 5 != 0), "exclude": lists}}[kind]  # fmt: skip
+
+
+KINDS = ("none", "shared", "user")
 
 
 def gradients(function, made, upstream, device, **options):
@@ -392,61 +315,60 @@ def gradients(function, made, upstream, device, **options):
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("filters", FILTERS)
-def test_gradcheck(device, reduce, filters):
-    made = [tensor.to(device).requires_grad_() for tensor in leaves(rows=40, count=4).values()]
-    options = on(device, FILTERS[filters])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(device, reduce, kind):
+    made = [tensor.to(device).requires_grad_() for tensor in leaves(rows=12).values()]
+    options = on(device, {"reduce": reduce, **filters(kind, 12)})
 
     def kept(queries, projection, items, bias, temperature):
-        result = log_partition(queries, items, projection=projection, bias=bias, temperature=temperature,
-                               reduce=reduce, **options)  # fmt: skip
+        result = log_partition(queries, items, projection=projection, bias=bias, temperature=temperature, **options)
         return result[:2]  # the third has no queries under one of the masks: -inf, which has no difference quotient
 
     assert torch.autograd.gradcheck(kept, made, fast_mode=True)
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("filters", FILTERS)
-@pytest.mark.parametrize("dtype", HALVES)
-def test_gradients_equal_torch_in_float64(machine, device, reduce, filters, dtype):
-    made, upstream = leaves(torch.float32), torch.tensor([1.0, -2.0, 0.5])
+@pytest.mark.parametrize(("kind", "dtype"), zip(KINDS, HALVES, strict=True))
+@pytest.mark.parametrize("rows", [40, 400])
+def test_gradients_err_from_float64_no_more_than_twice_torchs_own(machine, device, reduce, kind, dtype, rows):
+    made, upstream = leaves(torch.float32, rows, r=20, scale=0.6), torch.tensor([1.0, -2.0, 0.5])
     made["items"] = made["items"].to(dtype)
-    wide = {name: tensor.double() for name, tensor in made.items()}
-    truth = gradients(by_torch, wide, upstream, "cpu", reduce=reduce, **FILTERS[filters])
-    found = gradients(log_partition, made, upstream, device, reduce=reduce, **FILTERS[filters])
+    options = {"reduce": reduce, **filters(kind, rows)}
+    truth = gradients(by_torch, {name: tensor.double() for name, tensor in made.items()}, upstream, "cpu", **options)
+    plain = gradients(by_torch, {name: tensor.float() for name, tensor in made.items()}, upstream, "cpu", **options)
+    found = gradients(log_partition, made, upstream, device, **options)
     for name, grad in found.items():
-        slack = 1e-2 if grad.dtype == torch.bfloat16 else 2e-3 if grad.dtype == torch.float16 else 2e-5
-        assert grad.dtype == made[name].dtype and torch.allclose(grad.double(), truth[name], atol=slack, rtol=slack), (
-            name
-        )
+        error = three_way_error(grad, plain[name], truth[name], f"gradient of {name}")
+        rounding = torch.finfo(grad.dtype).eps if grad.dtype != torch.float32 else 2e-6
+        assert grad.dtype == made[name].dtype
+        assert error.kernel <= 2 * error.torch + rounding * truth[name].abs().max(), name
 
 
-@pytest.mark.parametrize(("rows", "r", "scale"), [(3000, 16, 1.0), (500, 64, 0.2), (20_000, 8, 0.5)])
-@pytest.mark.parametrize("reduce", ["max", "sum"])
-def test_gradients_err_no_more_than_twice_torchs_own_in_float32(backend, device, rows, r, scale, reduce):
-    made = leaves(torch.float32, rows if backend != "reference" else rows // 10, r=r, d=r, scale=scale)
-    made.pop("projection")
-    made["projection"], upstream = torch.eye(r), torch.ones(3)
-    truth = gradients(by_torch, {n: t.double() for n, t in made.items()}, upstream, "cpu", reduce=reduce)
-    plain = gradients(by_torch, made, upstream, "cpu", reduce=reduce)
-    found = gradients(log_partition, made, upstream, device, reduce=reduce)
-    for name in ("queries", "items", "bias", "temperature"):
-        error = three_way_error(found[name], plain[name], truth[name], f"gradient of {name}")
-        assert error.kernel <= 2 * error.torch + 1e-6 * truth[name].abs().max(), name
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_gradients_have_the_same_bits_on_every_instruction_set_and_any_number_of_threads(monkeypatch, reduce):
+    made, results = leaves(torch.float32, 14_000, r=20, scale=0.5), []
+    made["projection"] = torch.eye(6, 20)
+    sets = [isa for name, isa in available_backends() if name == "cpu"]
+    for threads, isa in [(threads, sets[0]) for threads in (1, 2, 3, 4)] + [(2, isa) for isa in sets[1:]]:
+        monkeypatch.setenv("URM_NUM_THREADS", str(threads))
+        with forced("cpu", isa):
+            results.append(gradients(log_partition, made, torch.ones(3), "cpu", reduce=reduce))
+        for name in ("queries", "items", "bias", "temperature"):
+            assert_equal_bits(results[-1][name], results[0][name])
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 30.0])
-def test_shares_add_up_and_masked_rows_have_none(machine, device, temperature):
+def test_shares_add_up_and_masked_rows_have_none(backend, device, temperature):
     made, mask = leaves(torch.float32), torch.arange(40) % 4 != 1
     made["temperature"].fill_(temperature)
-    found = gradients(log_partition, made, torch.ones(3), device, mask=mask)
+    found = gradients(log_partition, made, torch.ones(3), device, mask=mask, backend=backend)
     assert found["bias"].sum().item() == pytest.approx(3 / temperature, rel=1e-5)
     assert not found["bias"][~mask].any() and not found["items"][~mask].any()
 
 
 @pytest.mark.parametrize("upstream", [1.0, INF, NAN])
 @pytest.mark.parametrize("user", ["no queries", "all masked", "nan query", "infinite query"])
-def test_a_user_without_a_finite_result_gives_and_gets_no_gradient(machine, device, upstream, user):
+def test_a_user_without_a_finite_result_gives_and_gets_no_gradient(backend, device, upstream, user):
     # Training on a batch with one such user must go on: the others' gradients are what they are without it.
     found = []
     for weights in ((1.0, upstream, 1.0), (1.0, 0.0, 1.0)):
@@ -455,47 +377,37 @@ def test_a_user_without_a_finite_result_gives_and_gets_no_gradient(machine, devi
         exists[1], mask[1] = user != "no queries", user != "all masked"
         if "query" in user and weights[1]:
             made["queries"][1, 2, 0] = {"nan query": NAN, "infinite query": INF}.get(user, 0.0)
-        found.append(gradients(log_partition, made, torch.tensor(weights), device, query_mask=exists, mask=mask))
+        found.append(gradients(log_partition, made, torch.tensor(weights), device, query_mask=exists, mask=mask,
+                               backend=backend))  # fmt: skip
     for name in ("items", "bias", "temperature"):
         assert torch.equal(found[0][name], found[1][name]), name
 
 
 @pytest.mark.real_device
-@pytest.mark.parametrize("names", [(), ("bias", "query_mask", "mask", "exclude", "temperature")], ids=["plain", "all"])
+@pytest.mark.parametrize("everything", [False, True])
 @pytest.mark.parametrize("learns", [False, True])
-def test_opcheck(backend, device, names, learns):
+def test_opcheck(backend, device, everything, learns):
     pytest.importorskip("expecttest", reason="torch.testing imports it for opcheck")
-    made = {name: tensor.to(device).clone().requires_grad_(learns) for name, tensor in leaves(torch.float32).items()}
-    given = {
-        **on(device, FILTERS["shared"] | FILTERS["user"]),
-        "bias": made["bias"],
-        "temperature": made["temperature"],
+    made = {
+        name: tensor.to(device).clone().requires_grad_(learns) for name, tensor in leaves(torch.float32, d=5).items()
     }
-    given = {name: value if name in names else None for name, value in given.items()}
-    given["temperature"] = torch.tensor(0.7, device=device) if not names else given["temperature"]
-    items, ops = made["items"], torch.ops.urm_kernels
-    rest = [given[name] for name in ("mask", "exclude", "temperature")]
-    table = (items, given["bias"], None, None)
-    queries = made["queries"][..., :5].detach().contiguous().requires_grad_(learns)
+    given = on(device, {"bias": made["bias"], **filters("shared"), **filters("user")} if everything else {})
+    bias, exists, mask, exclude = (given.get(name) for name in ("bias", "query_mask", "mask", "exclude"))
+    table, rest = (made["items"], bias, None, None), (mask, exclude, made["temperature"], backend)
+    ops = torch.ops.urm_kernels
     op = ops.log_partition if learns else ops.log_partition_no_grad
-    torch.library.opcheck(op.default, (queries, *table, 0, given["query_mask"], "logsumexp", *rest, backend))
+    torch.library.opcheck(op.default, (made["queries"], *table, 0, exists, "logsumexp", *rest))
     if not learns:
-        back = (
-            torch.ones(3, device=device),
-            torch.zeros(3, device=device),
-            queries,
-            *table,
-            given["query_mask"],
-            "mean",
-        )
+        above = torch.ones(3, device=device), torch.zeros(3, device=device)
         for needs in ((True, True), (True, False), (False, True)):
-            torch.library.opcheck(ops.log_partition_backward.default, (*back, *rest, backend, *needs))
+            arguments = (*above, made["queries"], *table, exists, "mean", *rest, *needs)
+            torch.library.opcheck(ops.log_partition_backward.default, arguments)
 
 
 @pytest.mark.real_device
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("filters", FILTERS)
-def test_compile_in_one_graph_equals_eager(device, dynamic, filters):
+@pytest.mark.parametrize("kind", ["none", "user"])
+def test_compile_in_one_graph_equals_eager(device, dynamic, kind):
     torch._dynamo.reset()
 
     def function(*arguments, **options):
@@ -503,8 +415,8 @@ def test_compile_in_one_graph_equals_eager(device, dynamic, filters):
 
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     made, upstream = leaves(torch.float32), torch.tensor([1.0, 2.0, 3.0])
-    eager = gradients(function, made, upstream, device, **FILTERS[filters])
-    found = gradients(compiled, made, upstream, device, **FILTERS[filters])
+    eager = gradients(function, made, upstream, device, **filters(kind))
+    found = gradients(compiled, made, upstream, device, **filters(kind))
     assert all(torch.equal(found[name], eager[name]) for name in eager)
     queries, items = made["queries"][..., :5].to(device), made["items"].to(device)
     for temperature in (1.0, 0.5, 0.25):
@@ -512,18 +424,11 @@ def test_compile_in_one_graph_equals_eager(device, dynamic, filters):
                           function(queries, items, temperature=temperature))  # fmt: skip
 
 
-class Head(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.items = torch.nn.Parameter(leaves(torch.float32)["items"])
-        self.temperature = torch.nn.Parameter(torch.tensor(0.3))
-
-    def forward(self, hidden, mask):
-        return log_partition(hidden, self.items, mask=mask, temperature=self.temperature)
-
-
 def test_export_runs_like_the_module():
-    head, hidden, mask = Head(), torch.randn(3, 4, 5), torch.arange(40) % 3 != 0
+    head = torch.nn.Module()
+    head.items, head.temperature = (torch.nn.Parameter(leaves(torch.float32)[n]) for n in ("items", "temperature"))
+    head.forward = lambda hidden, mask: log_partition(hidden, head.items, mask=mask, temperature=head.temperature)
+    hidden, mask = torch.randn(3, 4, 5), torch.arange(40) % 3 != 0
     shapes = {"hidden": {0: torch.export.Dim("batch", min=1, max=64)}, "mask": None}
     program = torch.export.export(head, (hidden, mask), dynamic_shapes=shapes)
     for users in (2, 5):
@@ -533,10 +438,9 @@ def test_export_runs_like_the_module():
 
 @pytest.mark.real_device
 def test_autocast_touches_neither_the_result_nor_the_gradients(backend, device):
-    made, found = leaves(torch.float32, d=5), []
-    made["projection"] = torch.eye(5)
+    found = []
     for enabled in (False, True):
-        leaf = {name: tensor.to(device).clone().requires_grad_() for name, tensor in made.items()}
+        leaf = {name: tensor.to(device).requires_grad_() for name, tensor in leaves(torch.float32, d=5).items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
             result = log_partition(leaf["queries"], leaf["items"], bias=leaf["bias"], backend=backend)
             result.sum().backward()
@@ -552,84 +456,50 @@ def test_a_second_derivative_is_refused_in_words(backend, device):
 
 
 # Users, queries, rows, r: the forward and, apart from the gradients, the backward stay below 32 MiB.
-SIZES = [(64, 8, 20_000, 16), (1, 1, 300_000, 64), (16, 1, 300_000, 64)]
-SIZES += [pytest.param(64, 8, 1_000_000, 16, marks=pytest.mark.slow)]
+SIZES = [(64, 8, 20_000, 16), (1, 1, 300_000, 64), (16, 1, 100_000, 64)]
 
 
-@pytest.mark.parametrize(("users", "count", "rows", "r"), SIZES)
-@pytest.mark.parametrize("reduce", ["max", "logsumexp", "sum"])
-def test_memory(users, count, rows, r, reduce):
+@pytest.mark.parametrize("sizes", [SIZES, pytest.param([(64, 8, 1_000_000, 16)], marks=pytest.mark.slow)], ids=str)
+def test_memory(sizes):
     out = run_python(f"""
         import torch
         from urm_kernels import log_partition
         from urm_kernels.testing import peak_extra_memory
-        q, v, b = (torch.randn(s, requires_grad=True) for s in (({users}, {count}, {r}), ({rows}, {r}), ({rows},)))
-        log_partition(q[:1], v[:5000], bias=b[:5000], reduce="{reduce}").sum().backward()
-        q.grad = v.grad = b.grad = None
-        with peak_extra_memory() as forward:
-            result = log_partition(q, v, bias=b, reduce="{reduce}").sum()
-        with peak_extra_memory() as backward:
-            result.backward()
-        print(forward.bytes, backward.bytes and backward.bytes - 4 * (v.numel() + b.numel()))
+        def call(reduce, users, count, rows, r):
+            q, v, b = (torch.randn(shape, requires_grad=True) for shape in ((users, count, r), (rows, r), (rows,)))
+            with peak_extra_memory() as forward:
+                result = log_partition(q, v, bias=b, reduce=reduce).sum()
+            with peak_extra_memory() as backward:
+                result.backward()
+            if None in (forward.bytes, backward.bytes):
+                return "unknown"
+            sizes = forward.bytes >> 20, (backward.bytes - 4 * (v.numel() + b.numel())) >> 20
+            return f"{{reduce}} of {{users, count, rows, r}}: MiB {{sizes}}" if max(sizes) >= 32 else ""
+        call("max", 2, 3, 5000, 16)
+        print("; ".join(filter(None, (call(name, *s) for s in {sizes} for name in ("max", "logsumexp", "sum")))))
     """, timeout=120)  # fmt: skip
-    if "None" in out:
+    if "unknown" in out:
         pytest.skip("the peak of resident memory cannot be had here")
-    forward, backward = (int(part) / 2**20 for part in out.split())
-    assert forward < 32 and backward < 32, f"forward {forward:.1f} MiB, backward {backward:.1f} MiB"
+    assert out == "\n"
 
 
 def test_several_threads_at_once(monkeypatch):
     monkeypatch.setenv("URM_NUM_THREADS", "3")
-    items, wrong = make_items("decay", 12_000, 24, 1), []
+    items = make_items("decay", 12_000, 24, 1)
     work = [(make_queries("decay", 2, 1 + 3 * i, 24, i, items), REDUCTIONS[i % 4]) for i in range(6)]
-    wanted = [log_partition(queries, items, reduce=reduce) for queries, reduce in work]
 
-    def run(place):
-        for _ in range(4):
-            result = log_partition(work[place][0], items, reduce=work[place][1])
-            wrong.extend([place] if not torch.equal(result, wanted[place]) else [])
+    def call(place):
+        return log_partition(work[place % 6][0], items, reduce=work[place % 6][1])
 
-    threads = [threading.Thread(target=run, args=(place,)) for place in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    wanted = [call(place) for place in range(6)]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        for place, found in enumerate(pool.map(call, range(24))):
+            assert_equal_bits(found, wanted[place % 6])
 
 
-LONG = """
-import signal
-import torch
-from urm_kernels import log_partition
-signal.signal(signal.SIGINT, signal.default_int_handler)
-items, small = torch.ones(1, 16).expand(2**31, 16), torch.zeros(10, 16)
-log_partition(small[:1], small)
-print("ready", flush=True)
-try:
-    log_partition(torch.ones({users}, {count}, 16), items)
-    print("came to the end", flush=True)
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
-print(log_partition(small[:1], small).item() > 2.3, flush=True)
-"""
-
-
-@pytest.mark.parametrize(("users", "count"), [(1, 8), (1, 64), (100, 16)])
+@pytest.mark.parametrize(("users", "count"), [(1, 8), (100, 16)])
 def test_ctrl_c_ends_a_long_scan_and_the_process_can_call_again(monkeypatch, users, count):
-    monkeypatch.setenv("PYTHONPATH", PACKAGE_ROOT)
-    code = LONG.format(users=users, count=count)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    watchdog = threading.Timer(40, process.kill)
-    watchdog.start()
-    try:
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(0.5)
-        sent = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        assert process.stdout.readline() == "interrupted\n"
-        assert time.monotonic() - sent < 2.0
-        assert process.stdout.readline() == "True\n" and process.wait(timeout=20) == 0
-    finally:
-        watchdog.cancel()
-        process.kill()
-        process.stdout.close()
+    code = test_concurrency.LONG.replace("score_topk(queries, items, 10)", "log_partition(queries, items)")
+    code = code.replace("import score_topk", "import log_partition, score_topk")
+    monkeypatch.setattr(test_concurrency, "LONG", code)
+    test_concurrency.test_ctrl_c_ends_a_long_scan_and_the_process_can_call_again(monkeypatch, users, count)
