@@ -105,15 +105,16 @@ def table(
         raise TypeError("trainable: float8 factors have no gradients; train in float32 and convert")
 
 
-def rows(name: str, rows: Tensor, count: int, device: torch.device | None) -> None:
-    """Numbers of rows that exist, int64 [n]; looks at the values."""
+def rows(name: str, rows: Tensor, count: int, device: torch.device | None, *, pads: bool = False) -> None:
+    """Numbers of rows that exist, int64 [n], or -1 where pads are allowed; looks at the values."""
     _typed(name, rows, (torch.int64,), rows.device if device is None and isinstance(rows, Tensor) else device)
     if rows.dim() != 1:
         raise ValueError(f"{name}: shape [n] is wanted, {_shape(rows)} came")
     if rows.numel():
         low, high = (int(bound) for bound in rows.aminmax())
-        if low < 0 or high >= count:
-            raise ValueError(f"{name}: rows from 0 to {count - 1} are wanted, {low if low < 0 else high} came")
+        if low < -int(pads) or high >= count:
+            bad = high if high >= count else low
+            raise ValueError(f"{name}: rows from {-int(pads)} to {count - 1} are wanted, {bad} came")
 
 
 def number_of_rows(name: str, rows: int) -> None:

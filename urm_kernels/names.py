@@ -8,7 +8,7 @@ finds is compared byte by byte); names that came by ``append`` wait in a dict un
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,8 +76,11 @@ class Names:
                 self._index = _Index(self, alive)
             return self._index
 
-    def joined(self, more: Names, alive: Tensor | None) -> Names:
-        """These names and then those of further rows, none of which may be that of a row that is still there."""
+    def joined(self, more: Names, alive: Tensor | None, join: Callable[[str, Tensor], Tensor]) -> Names:
+        """These names and then those of further rows, none of which may be that of a row that is still there.
+
+        `alive` are the bits of both; `join` puts more behind one of the table's tensors of names.
+        """
         if more.are_strings != self.are_strings:
             wanted, came = ("strings", "int64") if self.are_strings else ("int64", "strings")
             raise TypeError(f"ids: {wanted} are wanted, as the table has, {came} came")
@@ -89,14 +92,12 @@ class Names:
         first = len(self)
         if self.ids is not None:
             assert more.ids is not None
-            joined = Names(torch.cat([self.ids, more.ids.to(self.ids.device)]))
+            joined = Names(join("ids", more.ids))
         else:
             assert self.text is not None and self.offsets is not None and more.text is not None
             assert more.offsets is not None
-            text = torch.cat([self.text, more.text.to(self.text.device)])
-            joined = Names(
-                None, text, torch.cat([self.offsets, more.offsets[1:].to(self.offsets.device) + self.offsets[-1]])
-            )
+            behind = more.offsets[1:].to(self.offsets.device) + self.offsets[-1]
+            joined = Names(None, join("id_text", more.text), join("id_offsets", behind))
         joined._index = index.with_recent({more.name(i): first + i for i in range(len(more))}, joined, alive)
         return joined
 
@@ -105,6 +106,7 @@ class Names:
         if self.ids is not None:
             return Names(self.ids[rows])
         assert self.text is not None and self.offsets is not None
+        _check_offsets(self.text, self.offsets)
         lengths = self.offsets.diff()[rows]
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         # Byte j of the result comes from as far behind its string's old start as it is behind the new one.
@@ -184,11 +186,12 @@ class _Index:
 
     def with_recent(self, recent: dict[int | str, int], names: Names, alive: Tensor | None) -> _Index:
         """The index of more names, which come after these."""
-        joined = self.recent | recent
-        if len(joined) > 1024 + len(self.sorted) // 16:
+        if len(self.recent) + len(recent) > 1024 + len(self.sorted) // 16:
             return _Index(names, alive)
+        # The dict is shared by all indexes of one sorting: each passes over rows that it does not have.
+        self.recent.update(recent)
         index = object.__new__(_Index)
-        index.names, index.recent, index.sorted, index.order = names, joined, self.sorted, self.order
+        index.names, index.recent, index.sorted, index.order = names, self.recent, self.sorted, self.order
         return index
 
     def find(self, asked: Names, alive: Tensor | None) -> Tensor:
@@ -208,7 +211,7 @@ class _Index:
         if self.recent:
             for i in (found < 0).nonzero().flatten().tolist():
                 row = self.recent.get(asked.name(i), -1)
-                if row >= 0 and (alive is None or (int(alive[row >> 3]) >> (row & 7)) & 1):
+                if 0 <= row < len(self.names) and (alive is None or (int(alive[row >> 3]) >> (row & 7)) & 1):
                     found[i] = row
         return found
 
@@ -252,12 +255,17 @@ def _encoded(names: Any, argument: str = "ids") -> tuple[Tensor, Tensor]:
     return torch.from_numpy(text), torch.from_numpy(offsets)
 
 
+def _check_offsets(text: Tensor, offsets: Tensor) -> None:
+    ascend = offsets[0] == 0 and offsets[-1] == len(text) and (offsets[1:] >= offsets[:-1]).all()
+    if not ascend:
+        raise ValueError("ids: offsets that ascend from 0 to the number of bytes are wanted; the table is damaged")
+
+
 def _hashes(text: Tensor | None, offsets: Tensor | None) -> Tensor:
     """[n] int64: sum of (byte + 1) times a power of an odd constant by its place, mixed; some strings at a time."""
     assert text is not None and offsets is not None
+    _check_offsets(text, offsets)
     data, ends = text.numpy(force=True), offsets.numpy(force=True)
-    if len(ends) and not (ends[0] == 0 and ends[-1] == len(data) and (np.diff(ends) >= 0).all()):
-        raise ValueError("ids: offsets that ascend from 0 to the number of bytes are wanted; the table is damaged")
     out = np.zeros(max(len(ends) - 1, 0), dtype=np.uint64)
     first = 0
     while first < len(out):

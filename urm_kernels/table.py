@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,9 @@ from .names import Names, as_names
 from .table_changes import ROW_PARTS, ChangingTable
 
 _PARTS = (*ROW_PARTS, "text_projection", "alive", "ids", "id_text", "id_offsets")
+
+
+_tables: weakref.WeakSet[ItemTable] = weakref.WeakSet()
 
 
 class Serving(NamedTuple):
@@ -100,9 +105,10 @@ class ItemTable(ChangingTable):
 
     def _volatile(self) -> None:
         """What belongs to this object in this process, and is neither copied nor pickled."""
-        self._lock = threading.RLock()
+        self._lock, self._fetch = threading.RLock(), threading.RLock()
         self._room = {}
         self._log = None
+        _tables.add(self)
 
     def _hold(self, name: str, tensor: Tensor | None) -> None:
         if self.trainable and tensor is not None and name in ("factors", "text_projection", "bias"):
@@ -146,46 +152,52 @@ class ItemTable(ChangingTable):
         """
         if torch.compiler.is_compiling():
             return self._serving(self._log.key if self._log is not None else 0)
-        with self._lock:
+        with self._fetch:
             log = self._log
             # Whoever put another tensor in the place of a part (functional_call, say) reads that one.
             held = log is not None and log.tensors["factors"].data_ptr() == self.factors.data_ptr()
             return self._serving(log.key if held and log is not None else 0)
 
     def _serving(self, log: int) -> Serving:
-        items = self.factors
+        items, bias = self.factors, self.bias
+        if self.trainable and not torch.is_grad_enabled():
+            # An alias keeps the memory while the call runs, also where another one appends.
+            items, bias = items.detach(), None if bias is None else bias.detach()
         if self.text is not None:
             sources = (self.factors, self.text_projection)
             if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in sources):
-                return Serving(self._sum(self.factors, self.text), self.bias, self.row_scale, self.alive)
+                return Serving(self._sum(self.factors, self.text), bias, self.row_scale, self.alive)
             if not torch.compiler.is_compiling() and self._versions() != self._made_from:
                 raise RuntimeError("items: factors, text or text_projection changed since refresh(): call refresh()")
             assert self.encoded is not None
             items = self.encoded
-        return Serving(items, self.bias, self.row_scale, self.alive, log)
+        return Serving(items, bias, self.row_scale, self.alive, log)
 
     def to_external(self, ids: Tensor) -> Any:
         """The caller's names of result rows (int64, any shape): int64, pads stay -1, or for string ids a NumPy array of
         str in the same shape, pads None. Without ids, rows are their own names."""
         ids = as_tensor("ids", ids)
-        return ids if self._names is None else self._names.names(ids)
+        with self._fetch:
+            names, rows = self._names, len(self)
+        checks.rows("ids", ids.flatten() if isinstance(ids, Tensor) else ids, rows, None, pads=True)
+        return ids if names is None else names.names(ids)
 
     def rows_of(self, external: Any) -> Tensor:
         """The rows of the caller's names: an int64 tensor of any shape, or for string ids a (nested) sequence of str.
 
         Raises ValueError where one is not in the table, or has been removed.
         """
-        if not (self._names is not None and self._names.are_strings):
-            external = as_tensor("external", external)
-        with self._lock:
-            if self._names is not None:
-                return self._names.rows(external, self.alive).to(self.factors.device)
-            checks.rows("external", external.flatten() if isinstance(external, Tensor) else external, len(self), None)
-            if self.alive is not None and external.numel():
-                there = rows_of_bits(self.alive, external)
-                if not there.all():
-                    raise ValueError(f"external: row {int(external[~there][0])} has been removed")
-            return external
+        with self._fetch:
+            names, alive, rows = self._names, self.alive, len(self)
+        external = as_names("external", external)
+        if names is not None:
+            return names.rows(external, alive).to(self.factors.device)
+        checks.rows("external", external.flatten() if isinstance(external, Tensor) else external, rows, None)
+        if alive is not None and external.numel():
+            there = rows_of_bits(alive, external)
+            if not there.all():
+                raise ValueError(f"external: row {int(external[~there][0])} has been removed")
+        return external
 
     def memory(self) -> dict[str, int]:
         """Bytes by part, with room for rows to come, and "total"."""
@@ -284,7 +296,7 @@ class ItemTable(ChangingTable):
         if self._log is not None:
             self._log.flush()
         state = self.__dict__.copy()
-        for name in ("_lock", "_room", "_log", "_names"):
+        for name in ("_lock", "_fetch", "_room", "_log", "_names"):
             del state[name]
         return state
 
@@ -295,3 +307,12 @@ class ItemTable(ChangingTable):
         if self.ids is not None or self.id_offsets is not None:
             self._names = Names(self.ids, self.id_text, self.id_offsets)
         self._begin()
+
+
+def _after_fork() -> None:
+    # A lock may have been held by a thread that the child does not have.
+    for table in list(_tables):
+        table._lock, table._fetch = threading.RLock(), threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .backends.table_view import bits_of_rows, gather_rows, rows_of_bits
+from .backends.table_view import bits_of_rows, gather_rows, more_bits, rows_of_bits
 from .interop import as_tensor
 from .names import Names, as_names
 from .updates import UpdateLog, write_rows
@@ -33,7 +33,8 @@ class ChangingTable(nn.Module):
     id_offsets: Tensor | None
     encoded: Tensor | None
 
-    _lock: threading.RLock  # of writers; readers take it to fetch tensors that belong together
+    _lock: threading.RLock  # of writers, who may wait for readers while they hold it
+    _fetch: threading.RLock  # of readers while they take tensors that belong together, and of who replaces these
     _room: dict[str, Tensor]  # with room for further rows: parts are views of these
     _log: UpdateLog | None
     _names: Names | None
@@ -52,7 +53,7 @@ class ChangingTable(nn.Module):
 
     def _begin(self) -> None:
         """After every change of the tensors themselves: the sum of the parts, and a log for their updates."""
-        with self._lock:
+        with self._fetch:
             if self.text is not None:
                 self.encoded = self._encode(self.factors, self.text)
             self._remember()
@@ -70,7 +71,8 @@ class ChangingTable(nn.Module):
 
     def _sum(self, factors: Tensor, text: Tensor) -> Tensor:
         assert self.text_projection is not None
-        wide = torch.promote_types(factors.dtype, torch.float32)
+        dtypes = (factors.dtype, text.dtype, self.text_projection.dtype)
+        wide = torch.float64 if torch.float64 in dtypes else torch.float32
         return (factors.to(wide) + text.to(wide) @ self.text_projection.to(wide)).to(factors.dtype)
 
     def _remember(self) -> None:
@@ -85,9 +87,9 @@ class ChangingTable(nn.Module):
 
     @contextmanager
     def _changing(self, what: str) -> Iterator[None]:
-        if self._read_only == self.factors.data_ptr():
-            raise RuntimeError(f"{what}: this table is a map of its file and read-only; change a clone() of it")
         with self._lock:
+            if self._read_only == self.factors.data_ptr():
+                raise RuntimeError(f"{what}: this table is a map of its file and read-only; change a clone() of it")
             yield
 
     def refresh(self) -> None:
@@ -120,8 +122,8 @@ class ChangingTable(nn.Module):
         Memory: the new rows, until no call that began before is left.
         """
         rows = as_tensor("rows", rows)
-        self._check_rows(rows)
         with self._changing("update"):
+            self._check_rows(rows)
             values = self._values(len(rows), factors=factors, text=text, row_scale=row_scale, bias=bias)
             if not values:
                 raise ValueError("update: factors, text, row_scale or bias is wanted, none came")
@@ -163,8 +165,9 @@ class ChangingTable(nn.Module):
         factors = as_tensor("factors", factors)
         if not isinstance(factors, Tensor) or factors.dim() != 2:
             raise ValueError(f"factors: shape [n, r] with r = {self.factors.shape[1]} is wanted")
-        count, before = factors.shape[0], len(self)
+        count = factors.shape[0]
         with self._changing("append"):
+            before = len(self)
             checks.number_of_rows("factors", before + count)
             values = self._values(count, factors=factors, text=text, row_scale=row_scale, bias=bias)
             missing = [n for n in ROW_PARTS if getattr(self, n) is not None and n not in values]
@@ -172,31 +175,40 @@ class ChangingTable(nn.Module):
                 wanted = missing[0] if missing else "ids"
                 what = "is wanted, as the table has it" if missing or ids is None else "came, but the table has none"
                 raise ValueError(f"{wanted}: {what}")
+            alive = None if self.alive is None else more_bits(self.alive, before, before + count)
             names = None
             if self._names is not None:
                 more = Names.of(as_names("ids", ids), count)
-                names = self._known_names().joined(more, self.alive)
+                names = self._names.joined(more, alive, self._joined)
             if self.encoded is not None:
                 values["encoded"] = self._encode(values["factors"], values["text"])
             grown = {name: self._with_room(name, before + count) for name in values}
             with torch.no_grad():
                 for name, value in values.items():
                     grown[name][before:] = value
-            for name, tensor in grown.items():
-                held = getattr(self, name)
-                if isinstance(held, nn.Parameter):
-                    held.data = tensor
-                    held.grad = None
-                else:
-                    setattr(self, name, tensor)
-            if self.alive is not None:
-                there = torch.ones(before + count, dtype=torch.bool, device=self.alive.device)
-                there[:before] = rows_of_bits(self.alive, torch.arange(before, device=self.alive.device))
-                self.alive = bits_of_rows(there)
-            if names is not None:
-                self._hold_names(names)
-            self._move_log(grown)
+            with self._fetch:
+                self._put(grown)
+                self.alive = alive
+                if names is not None:
+                    self._hold_names(names)
+                self._move_log(grown)
         return torch.arange(before, before + count, device=self.factors.device)
+
+    def _put(self, tensors: dict[str, Tensor]) -> None:
+        """Replaces parts; a parameter stays the same object."""
+        for name, tensor in tensors.items():
+            held = getattr(self, name)
+            if isinstance(held, nn.Parameter):
+                held.data, held.grad = tensor, None
+            else:
+                setattr(self, name, tensor)
+
+    def _joined(self, name: str, more: Tensor) -> Tensor:
+        """A part that names are made of, and more of it behind."""
+        before = len(getattr(self, name))
+        joined = self._with_room(name, before + len(more))
+        joined[before:] = more
+        return joined
 
     def _with_room(self, name: str, rows: int) -> Tensor:
         """The part as a view of more rows of its memory; of new memory, a quarter larger, where it is full."""
@@ -226,8 +238,8 @@ class ChangingTable(nn.Module):
         Their memory stays until :meth:`compact`.
         """
         rows = as_tensor("rows", rows)
-        self._check_rows(rows, all_different=False)
         with self._changing("remove"):
+            self._check_rows(rows, all_different=False)
             there = torch.ones(len(self), dtype=torch.bool, device=self.factors.device)
             if self.alive is not None:
                 there = rows_of_bits(self.alive, torch.arange(len(self), device=self.alive.device))
@@ -249,21 +261,16 @@ class ChangingTable(nn.Module):
                 self._log.flush()
             names = None
             if self._names is not None:
-                names = self._known_names().kept(kept)
-            for name in ROW_PARTS:
-                held = getattr(self, name)
-                if held is None:
-                    continue
-                packed = gather_rows(held.detach(), kept)
-                if isinstance(held, nn.Parameter):
-                    held.data, held.grad = packed, None
-                else:
-                    setattr(self, name, packed)
-            self.alive = None
-            self._room.clear()
-            if names is not None:
-                self._hold_names(names)
-            self._begin()
+                names = self._names.kept(kept)
+            held = {name: tensor for name in ROW_PARTS if (tensor := getattr(self, name)) is not None}
+            packed = {name: gather_rows(tensor.detach(), kept) for name, tensor in held.items()}
+            with self._fetch:
+                self._put(packed)
+                self.alive = None
+                self._room.clear()
+                if names is not None:
+                    self._hold_names(names)
+                self._begin()
             moved = torch.full((rows,), -1, dtype=torch.int64, device=device)
             moved[kept] = torch.arange(len(kept), device=device)
             return moved
@@ -292,7 +299,3 @@ class ChangingTable(nn.Module):
                 raise ValueError(f"{name}: shape {[count, *held.shape[1:]]} is wanted, {list(value.shape)} came")
             values[name] = value.detach().to(held.dtype)
         return values
-
-    def _known_names(self) -> Names:
-        assert self._names is not None
-        return self._names

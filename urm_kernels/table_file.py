@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import struct
 from os import PathLike
 from typing import Any, NamedTuple, TypeGuard
@@ -18,7 +19,7 @@ from torch import Tensor
 from . import checks
 
 FORMAT = 2  # of the metadata; format 1 had no removed rows, texts, scales or strings, and is read as well
-_MAX_HEADER = 1 << 20  # bytes; a table's own is below 4 KiB
+_MAX_HEADER = 1 << 16  # bytes; a table's own is below 4 KiB
 
 _DTYPES = {
     "F64": torch.float64,
@@ -84,16 +85,16 @@ def validated(path: Path) -> list[str]:
         raise ValueError(f"path: {path} is a safetensors file, but not of an ItemTable (no urm_kernels metadata)")
     described = _parsed(path, text, "urm_kernels metadata")
     version, rows, rank = (described.get(key, -1) for key in ("format", "rows", "rank"))
-    if version not in (1, FORMAT) or isinstance(version, bool):
+    if type(version) is not int or version not in (1, FORMAT):
         raise ValueError(f"path: {path} has table format {version!r}; this version reads formats 1 and {FORMAT}")
     if not (_is_size(rows) and _is_size(rank) and rows <= checks.MAX_ROWS):
         raise ValueError(f"path: {path} claims {rows!r} rows of {rank!r} factors")
     names = described.get("tensors")
     if not isinstance(names, list) or sorted(header) != names:
-        raise ValueError(f"path: {path} holds tensors {sorted(header)}, its metadata names {names!r}")
+        raise ValueError(f"path: {path} holds tensors {_few(sorted(header))}, its metadata names {_few(names)}")
     wanted = _wanted(rows, rank)
     if "factors" not in header or not set(header) <= set(wanted):
-        raise ValueError(f"path: {path} holds tensors {names}; factors, and of {sorted(wanted)} any, are wanted")
+        raise ValueError(f"path: {path} holds tensors {_few(names)}; factors, and of {sorted(wanted)} any, are wanted")
     _check_pairs(path, set(header))
     shapes = {name: _check_tensor(path, name, header[name], wanted[name], data_bytes) for name in names}
     if "text" in shapes and shapes["text"][1] != shapes["text_projection"][0]:
@@ -145,6 +146,9 @@ def _check_tensor(path: Path, name: str, entry: Any, wanted: _Wanted, data_bytes
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """(the parsed header, bytes of data behind it)."""
+    kind = os.stat(path).st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a pipe would be waited for; a directory is open's to refuse
+        raise ValueError(f"path: {path} is no regular file")
     with open(path, "rb") as file:
         total = os.fstat(file.fileno()).st_size
         start = file.read(8)
@@ -165,6 +169,12 @@ def _parsed(path: Path, text: str | bytes, what: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise ValueError(f"path: {path} has an unreadable {what}: an object is wanted, {type(parsed).__name__} came")
     return parsed
+
+
+def _few(value: Any) -> str:
+    """For a message, which a file must not make long."""
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + " ..."
 
 
 def _is_size(value: Any) -> TypeGuard[int]:

@@ -77,6 +77,8 @@ class UpdateLog:
 
     def write(self, rows: Tensor, values: dict[str, Tensor]) -> None:
         """Replaces rows (int64 [n], all different, within the table) of the named tensors."""
+        if not len(rows):
+            return
         rows, order = rows.sort()
         with torch.no_grad(), self._changed:
             # Readers of the overlay find a row there as a whole.
@@ -172,6 +174,7 @@ def _after_fork() -> None:
     # Readers of other threads do not exist in the child, and a lock may have been held by one of them.
     for log in list(_logs.values()):
         log._reset()
+        log._overlay = log._merged()
 
 
 os.register_at_fork(after_in_child=_after_fork)

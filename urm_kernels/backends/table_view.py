@@ -71,6 +71,15 @@ def bits_of_rows(allowed: Tensor) -> Tensor:
     return (whole.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
 
 
+def more_bits(bits: Tensor, before: int, after: int) -> Tensor:
+    """The bits of `before` rows, and set ones of the rows up to `after`."""
+    more = bits.new_full((-(-after // 8),), 0xFF)
+    more[: len(bits)] = bits
+    if before % 8:
+        more[before // 8] |= (0xFF << before % 8) & 0xFF
+    return more
+
+
 def without_removed(mask: Tensor | None, alive: Tensor | None, rows: int) -> Tensor | None:
     """The mask of what both allow."""
     if alive is None or mask is None:
