@@ -293,7 +293,7 @@ def test_small_call(benchmark: Any, record: Any, monkeypatch: pytest.MonkeyPatch
         return torch.topk((queries @ items.T).amax(1), 10)
 
     def op_alone() -> Any:
-        return scoring.ops.score_topk(queries, items, 10, None, "max", None, None, None, True, False, "")
+        return scoring.ops.score_topk(queries, items, None, None, None, 0, 10, None, "max", None, None, True, False, "")
 
     calls: dict[str, Call] = {"whole": call, "op": op_alone, "torch": plain_torch}
     micros: dict[str, list[float]] = {name: [] for name in (*calls, "checks")}
