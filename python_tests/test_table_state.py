@@ -307,9 +307,8 @@ class TableMachine(RuleBasedStateMachine):
         if there.any():
             assert torch.equal(table.rows_of(named[there.numpy() if self.names == "strings" else there]), places[there])
         present = {row.name for row in self.living()}
-        for name in [row.name for row in self.rows if row.name not in present][:2] + [
-            "never" if self.names == "strings" else 3
-        ]:
+        absent = [row.name for row in self.rows if row.name not in present][:2]
+        for name in [*absent, "never" if self.names == "strings" else 3]:
             with pytest.raises(ValueError, match="is not in the table"):
                 table.rows_of([name] if self.names == "strings" else torch.tensor([name]))
 
