@@ -12,6 +12,7 @@ Every worker may take 64 MiB beyond what it had before its first file.
 
 import argparse
 import collections
+import copy
 import io
 import json
 import os
@@ -148,11 +149,12 @@ def _disturb(rng, node):
         if action == 0:
             del node[key]
         elif action == 1 and isinstance(node, dict):
-            node[rng.choice(["factors", "text", "bias", "alive", "ids", "id_text", "id_offsets", "x"])] = node[key]
+            name = rng.choice(["factors", "text", "bias", "alive", "ids", "id_text", "id_offsets", "x"])
+            node[name] = copy.deepcopy(node[key])
         elif action <= 3 and type(node[key]) is int:
             node[key] += rng.choice([-8, -4, -1, 1, 2, 4, 8, 2**32, 2**63, 2**64, -(2**64)])
         else:
-            node[key] = rng.choice(_VALUES)
+            node[key] = copy.deepcopy(rng.choice(_VALUES))
         return
 
 
@@ -165,9 +167,9 @@ def _data(rng, _files, file):
     except (ValueError, OverflowError, struct.error, TypeError, KeyError, RecursionError):
         return _flip(rng, _files, file)
     changed = bytearray(data)
-    count = (last - first) // 8
+    count = (last - first) // 8 if 0 <= first <= last <= len(data) else 0
     for _ in range(rng.choice([1, 2, 3, 5, count])):
-        if first >= 0 and last - first >= 8 and last <= len(data):
+        if count:
             at = first + rng.randrange(count) * 8
             changed[at : at + 8] = struct.pack("<q", rng.choice([*_NUMBERS, rng.randrange(40)]))
     return file[: len(file) - len(data)] + bytes(changed)

@@ -75,7 +75,7 @@ def test_batches_beyond_a_block_of_users_and_any_number_of_threads_agree(machine
 
 
 def test_pads_duplicates_and_every_order(machine, device):
-    queries, items = torch.eye(3, device=device)[:, None], torch.arange(12.0, device=device).view(4, 3)
+    queries, items = torch.eye(3).to(device)[:, None], torch.arange(12.0, device=device).view(4, 3)
     chosen = torch.tensor([[3, -1, 3, 0], [-1, -1, -1, -1], [0, 1, 2, 3]], device=device)
     found = score_candidates(queries, items, chosen, bias=torch.ones(4, device=device))
     assert found.tolist() == [[10.0, -INF, 10.0, 1.0], [-INF] * 4, [3.0, 6.0, 9.0, 12.0]]

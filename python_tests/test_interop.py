@@ -224,6 +224,7 @@ def test_arrays_of_the_cpu_beside_another_device_are_refused_in_words(device):
         score_candidates(queries, items, CANDIDATES)
 
 
+@pytest.mark.real_device  # a stand-in has no .numpy()
 def test_results_in_the_kind_of_an_array(device):
     queries = of_numpy(QUERIES).to(device).requires_grad_()
     result = score_topk(queries, of_numpy(ITEMS).to(device), 5)

@@ -179,7 +179,7 @@ class TableMachine(RuleBasedStateMachine):
         path = Path(self.folder.name) / "t.safetensors"
         self.table.save(path)
         self.table = ItemTable.load(path, mmap=mmap, trainable=self.trainable)
-        if mmap and self.rows and not self.trainable:  # which are read into memory
+        if mmap and self.rows:
             self.check()
             with pytest.raises(RuntimeError, match="read-only"):
                 self.table.remove(torch.tensor([], dtype=torch.int64))
@@ -307,8 +307,8 @@ class TableMachine(RuleBasedStateMachine):
         if there.any():
             assert torch.equal(table.rows_of(named[there.numpy() if self.names == "strings" else there]), places[there])
         present = {row.name for row in self.living()}
-        never = "never" if self.names == "strings" else 3
-        for name in [*[row.name for row in self.rows if row.name not in present][:2], never]:
+        absent = [row.name for row in self.rows if row.name not in present][:2]
+        for name in [*absent, "never" if self.names == "strings" else 3]:
             with pytest.raises(ValueError, match="is not in the table"):
                 table.rows_of([name] if self.names == "strings" else torch.tensor([name]))
 

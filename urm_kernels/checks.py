@@ -6,9 +6,9 @@ wait for a device. Values (row indices out of range) are checked inside the ops.
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -201,23 +201,24 @@ def candidates(candidates: Tensor, users: int, device: torch.device) -> None:
 
 
 def temperature(temperature: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A scalar of the dtype of computation. A tensor's value is looked at on the CPU only."""
+    """A scalar of the dtype of computation. Tensors' values are looked at in the op, and on the CPU only."""
     if isinstance(temperature, Tensor):
         floats("temperature", temperature)
         same_device("temperature", temperature, device)
         if temperature.dim():
             raise ValueError(f"temperature: a scalar is wanted, shape {_shape(temperature)} came")
-        temperature = temperature.to(dtype)
-        if device.type != "cpu" or torch.compiler.is_compiling():
-            return temperature
-        value = temperature.item()
-    elif isinstance(temperature, numbers.Real) and not isinstance(temperature, bool):
-        value = float(temperature)
-    else:
+        return temperature.to(dtype)
+    if not isinstance(temperature, numbers.Real) or isinstance(temperature, bool):
         raise TypeError(f"temperature: a number or a scalar tensor is wanted, {temperature!r} came")
-    if not 0 < value < math.inf:
-        raise ValueError(f"temperature: a positive finite number is wanted, {value} came")
-    return temperature if isinstance(temperature, Tensor) else torch.tensor(value, dtype=dtype, device=device)
+    positive_normal("temperature", temperature, dtype)
+    return torch.tensor(float(temperature), dtype=dtype, device=device)
+
+
+def positive_normal(name: str, value: Any, dtype: torch.dtype) -> None:
+    """What is neither zero, infinite nor denormal in the dtype."""
+    limits = torch.finfo(dtype)
+    if not limits.tiny <= value <= limits.max:
+        raise ValueError(f"{name}: a number from {limits.tiny:.4g} to {limits.max:.4g} is wanted, {value} came")
 
 
 def _typed(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device | None) -> None:

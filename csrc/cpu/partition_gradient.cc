@@ -13,7 +13,8 @@ namespace {
 
 // Rows are cut into shares whatever the number of threads, each share's sums are formed in ascending order of rows, and
 // the shares' in theirs: that fixes every rounding.
-constexpr int64_t kShares = 16;
+constexpr int64_t kMostShares = 16, kFewestShares = 4;
+constexpr int64_t kShareBytes = 16 << 20;  // of all shares together, where that is not below the fewest
 constexpr int64_t kBlockRows = 3072;  // whole panels whose gradients of queries are added in float32, then in float64
 
 struct Share {
@@ -132,8 +133,10 @@ class Gradient {
       const int64_t first = group_.packed.start[user], last = group_.packed.start[user + 1];
       if (log_sum_exp_) {
         for (int64_t q = first; q < last; ++q) {
+          const float factor = share * work_.weights[q * kLanes + i];
+          if (factor == 0) continue;  // also where the query is not finite
           work_.chosen[count] = static_cast<int32_t>(q);
-          work_.factors[count++] = share * work_.weights[q * kLanes + i];
+          work_.factors[count++] = factor;
         }
       } else {
         work_.chosen[count] = static_cast<int32_t>(first) + work_.winners[user * kLanes + i];
@@ -176,7 +179,9 @@ void unpack(const PartitionGradientRequest& request, const Group& group, const A
 
 bool gradient_of_group(const PartitionGradientRequest& request, int64_t first, int64_t last, int64_t padded) {
   Group group(request, first, last, padded);
-  const int64_t n = request.items.rows, rows = round_up((n + kShares - 1) / kShares, kBlockRows);
+  const int64_t bytes = std::max<int64_t>(1, group.packed.total * padded * static_cast<int64_t>(sizeof(double)));
+  const int64_t most = std::clamp(kShareBytes / bytes, kFewestShares, kMostShares);
+  const int64_t n = request.items.rows, rows = round_up((n + most - 1) / most, kBlockRows);
   const int64_t shares = rows ? (n + rows - 1) / rows : 0, threads = std::min<int64_t>(group.threads, shares);
   AlignedVector<double> total(group.packed.total * padded);
   std::fill(total.begin(), total.end(), 0.0);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import gradients
+from .. import checks, gradients
 from ..backends.table_view import TableView
 from ..float_mode import default_float_mode
 from . import library
@@ -33,6 +33,8 @@ def _log_partition(
     backend: str,
 ) -> Tensor:
     library.check_rows("exclude", exclude, items.shape[0])
+    if temperature.device.type == "cpu":
+        checks.positive_normal("temperature", temperature.item(), temperature.dtype)
     with (
         library.reading(items, bias, row_scale, alive, log) as table,
         library.memory_in_words(f"log_partition: no memory for {queries.shape[0]} users"),

@@ -1,0 +1,145 @@
+"""How Sphinx builds these pages: `make docs`. Nothing is fetched, every warning is an error."""
+
+import inspect
+import json
+import re
+import statistics
+from importlib import import_module
+from pathlib import Path
+
+import urm_kernels
+
+ROOT = Path(__file__).parent.parent
+
+project = "urm_kernels"
+author = "the urm_kernels authors"
+project_copyright = "the urm_kernels authors, Apache-2.0"
+version = release = urm_kernels.__version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build", "figures"]
+suppress_warnings = ["toc.empty_glob"]  # pages that the index takes only where they are
+
+html_theme = "furo"
+html_title = "urm_kernels"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_copy_source = False
+
+myst_enable_extensions = ["substitution", "colon_fence"]
+myst_heading_anchors = 3
+
+# Pages with code cells are executed at every build, in the folder of the build: an error there is an error here.
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300  # seconds a cell; torch.compile on a busy machine
+
+autosummary_generate = False  # the tables list what api.md holds, on the same page
+autodoc_default_options = {"members": True, "inherited-members": "Module,tuple"}
+autodoc_inherit_docstrings = False  # what only overrides torch.nn.Module is torch's to document
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+napoleon_numpy_docstring = False
+
+# -n asks for a target of every name. Those of other projects would be looked up in inventories from the network, which a
+# build does not need; our own have to be there. A type in a docstring is prose: "[B, C] float32".
+nitpick_ignore_regex = [("py:.*", r"(?!urm_kernels\b).*")]
+
+linkcheck_timeout = 20
+linkcheck_retries = 2
+
+
+def median_ms(cell):
+    """(ours, the fastest peer's): medians over the three committed runs, as in README."""
+    runs = [json.loads((ROOT / f"bench/results/latency_cpu{run}.json").read_text()) for run in ("_run1", "_run2", "")]
+    found = [next(c for c in run["cells"] if c["cell"] == cell) for run in runs]
+    peers = [name for name in found[0]["peers_ms"] if all(name in c["peers_ms"] for c in found)]
+    return (
+        statistics.median(c["ms"] for c in found),
+        min(statistics.median(c["peers_ms"][name] for c in found) for name in peers),
+    )
+
+
+OURS, FASTEST_PEER = median_ms("fp32 r=64 B=32 M=16 k=100")
+myst_substitutions = {
+    "ours": f"{OURS:.0f} ms",
+    "fastest_peer": f"{FASTEST_PEER:.0f} ms",
+    "ratio": f"{FASTEST_PEER / OURS:.0f}",
+}
+
+# What a reader looks for first; names that are not here follow by themselves.
+FIRST = ("score_topk", "score_candidates", "log_partition", "ItemTable", "TopK")
+
+
+def public(module):
+    """The names that a module shows: its __all__, else what is defined in it."""
+    names = getattr(module, "__all__", None)
+    if names is None:
+        names = [n for n, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    names = [name for name in names if not name.startswith("_")]
+    return sorted(names, key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
+
+
+def directive(module, name):
+    value = getattr(module, name)
+    kind = "class" if inspect.isclass(value) else "function" if callable(value) else "data"
+    return f".. auto{kind}:: {module.__name__}.{name}\n"
+
+
+def list_names(app, docname, source):
+    """Lines "@summary MODULE@" and "@entries MODULE@" of api.md become a table and the entries of all public names."""
+    if docname != "api":
+        return
+
+    def expanded(match):
+        indent, what, module = match[1], match[2], import_module(match[3])
+        if what == "summary":
+            return "\n".join(f"{indent}{module.__name__}.{name}" for name in public(module))
+        return "\n".join(directive(module, name) for name in public(module))
+
+    source[0] = re.sub(r"^( *)@(summary|entries) ([\w.]+)@$", expanded, source[0], flags=re.MULTILINE)
+
+
+def skip_field_aliases(app, what, name, value, skip, options):
+    """Fields of named tuples are told about in the tuple's own docstring."""
+    return True if (inspect.getdoc(value) or "").startswith("Alias for field number") else None
+
+
+def where_it_is_shown(app, env, node, contnode):
+    """Annotations name the module that defines a class; its entry is under the one that shows it."""
+    target = node.get("reftarget", "")
+    if node.get("refdomain") != "py" or not target.startswith("urm_kernels."):
+        return None
+    name = target.rpartition(".")[2]
+    if name not in urm_kernels.__all__:
+        return None
+    python = env.get_domain("py")
+    return python.resolve_xref(env, node["refdoc"], app.builder, "obj", f"urm_kernels.{name}", node, contnode)
+
+
+REMOTE = re.compile(
+    r"""<(?:script|img|iframe|source|audio|video|embed|object)\b[^>]*\b(?:src|srcset|data)=["']?(?:https?:)?//[^>]*"""
+    r"""|<link\b(?![^>]*rel=["']?(?:canonical|license))[^>]*\bhref=["']?(?:https?:)?//[^>]*"""
+    r"""|url\(["']?(?:https?:)?//[^)]*|@import[^;]*//[^;]*""",
+    re.IGNORECASE,
+)
+
+
+def nothing_remote(app, error):
+    """A page that needs something from elsewhere would be broken without a network, and tell others who reads it."""
+    if error is not None or app.builder.format != "html":
+        return
+    files = [path for path in Path(app.outdir).rglob("*") if path.suffix in (".html", ".css")]
+    found = [f"{path.name}: {match[0]}" for path in files for match in REMOTE.finditer(path.read_text("utf-8"))]
+    if found:
+        raise RuntimeError("pages that load something from elsewhere:\n" + "\n".join(sorted(set(found))))
+
+
+def setup(app):
+    app.connect("source-read", list_names)
+    app.connect("autodoc-skip-member", skip_field_aliases)
+    app.connect("missing-reference", where_it_is_shown)
+    app.connect("build-finished", nothing_remote)
