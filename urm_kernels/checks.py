@@ -194,6 +194,12 @@ def exclude(exclude: Tensor | None, users: int, device: torch.device) -> None:
         raise ValueError(f"exclude: shape [B, E] with B = {users} is wanted, {_shape(exclude)} came")
 
 
+def alive(bits: Tensor | None, rows: int) -> None:
+    """The bits of a table's rows, of which no other number must have come by load_state_dict or functional_call."""
+    if bits is not None and (bits.dtype != torch.uint8 or bits.dim() != 1 or bits.shape[0] != (rows + 7) // 8):
+        raise ValueError(f"alive: uint8 of shape [{(rows + 7) // 8}] is wanted, {bits.dtype} {_shape(bits)} came")
+
+
 def candidates(candidates: Tensor, users: int, device: torch.device) -> None:
     _typed("candidates", candidates, (torch.int64,), device)
     if candidates.dim() not in (1, 2) or (candidates.dim() == 2 and candidates.shape[0] != users):

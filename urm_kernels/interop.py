@@ -31,6 +31,13 @@ def as_tensor(name: str, value: Any) -> Any:
         raise TypeError(f"{name}: this {kind} cannot be taken as a tensor: {error}") from error
 
 
+def is_read_only(value: Any) -> bool:
+    """Whether memory that a tensor is made of may not be written: an array that says so, or that cannot say."""
+    if value is None or isinstance(value, Tensor):
+        return False
+    return not (isinstance(value, np.ndarray) and value.flags.writeable)
+
+
 def in_kind(result: Any, like: Any) -> Any:
     """The tensors of a result as arrays of the same library as ``like``, on the same memory where the device allows.
 

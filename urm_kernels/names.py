@@ -59,6 +59,10 @@ class Names:
         made.index(None)
         return made
 
+    def unlock(self) -> None:
+        """In a forked child: whoever held the lock is not there."""
+        self._lock = threading.Lock()
+
     def __len__(self) -> int:
         if self.ids is not None:
             return len(self.ids)

@@ -195,6 +195,8 @@ def _common(queries, items, projection, query_mask, reduce, bias) -> tuple[Servi
         queries = checks.queries(queries, projection)
         checks.same_device("items", table.items, queries.device)
         checks.width("items", table.items, queries)
+        checks.per_row("row_scale", table.row_scale, table.items.shape[0], queries.device)
+        checks.alive(table.alive, table.items.shape[0])
     else:
         table = Serving(as_tensor("items", items), bias)
         queries = checks.queries(queries, projection)

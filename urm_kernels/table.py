@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import checks, table_file
 from .backends.table_view import rows_of_bits
 from .factorize import factorize
-from .interop import as_tensor
+from .interop import as_tensor, is_read_only
 from .names import Names, as_names
 from .table_changes import ROW_PARTS, ChangingTable
 
@@ -72,6 +72,7 @@ class ItemTable(ChangingTable):
         trainable: bool = False,
     ) -> None:
         super().__init__()
+        read_only = any(is_read_only(part) for part in (factors, text, row_scale, bias))
         factors = as_tensor("factors", factors)
         text, text_projection = as_tensor("text", text), as_tensor("text_projection", text_projection)
         row_scale, bias, ids = as_tensor("row_scale", row_scale), as_tensor("bias", bias), as_names("ids", ids)
@@ -90,6 +91,8 @@ class ItemTable(ChangingTable):
             "bias": bias,
         }
         self._start(tensors, names, trainable)
+        if read_only:
+            self._read_only = self.factors.data_ptr()
 
     def _start(self, tensors: dict[str, Tensor | None], names: Names | None, trainable: bool) -> None:
         self.trainable = trainable
@@ -269,14 +272,16 @@ class ItemTable(ChangingTable):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """A table's rows are its state: parts may come with other sizes, or not at all."""
         with self._lock:
+            self._check_state(state_dict, prefix)
             for name in _PARTS:
                 held, given = getattr(self, name), state_dict.get(prefix + name)
                 if isinstance(given, Tensor) and (held is None or held.shape != given.shape):
+                    kept = given.dtype if held is None else held.dtype
+                    fresh = torch.empty(given.shape, dtype=kept, device=self.factors.device)
                     if isinstance(held, nn.Parameter):
-                        held.data = held.data.new_empty(given.shape)
+                        held.data = fresh
                     else:
-                        device = self.factors.device
-                        setattr(self, name, torch.empty_like(given, device=device))
+                        setattr(self, name, fresh)
                 elif given is None and held is not None and name in ("alive",):
                     self.alive = None
             self._room.clear()
@@ -286,6 +291,20 @@ class ItemTable(ChangingTable):
                 names = Names(self.ids, self.id_text, self.id_offsets)
             self._names = names
             self._begin()
+
+    def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Rows are read by address: parts have to be of one table before they get that far."""
+        parts = {name: state_dict.get(prefix + name, getattr(self, name)) for name in _PARTS}
+        if prefix + "alive" not in state_dict:
+            parts["alive"] = None
+        shapes = {name: list(part.shape) for name, part in parts.items() if part is not None}
+        rows, rank = shapes["factors"] if len(shapes["factors"]) == 2 else (-1, -1)
+        wanted = table_file.wanted_shapes(rows, rank)
+        for name, shape in shapes.items():
+            if len(shape) != len(wanted[name]) or any(
+                w not in (None, s) for w, s in zip(wanted[name], shape, strict=True)
+            ):
+                raise ValueError(f"{prefix}{name}: shape {wanted[name]} is wanted beside the other parts, {shape} came")
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
         if self._log is not None:
@@ -313,6 +332,8 @@ def _after_fork() -> None:
     # A lock may have been held by a thread that the child does not have.
     for table in list(_tables):
         table._lock, table._fetch = threading.RLock(), threading.RLock()
+        if table._names is not None:
+            table._names.unlock()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .backends.table_view import bits_of_rows, gather_rows, more_bits, rows_of_bits
+from .backends.table_view import gather_rows, more_bits, rows_lie_apart, rows_of_bits, without_bits
 from .interop import as_tensor
 from .names import Names, as_names
 from .updates import UpdateLog, write_rows
@@ -63,7 +63,7 @@ class ChangingTable(nn.Module):
             # On a GPU calls and updates are in the order of their stream.
             self._log = None
             if self.factors.device.type == "cpu":
-                self._log = UpdateLog(tensors, "factors" if self.encoded is None else "encoded", self._remember)
+                self._log = UpdateLog(tensors, "factors" if self.encoded is None else "encoded", self._own_write)
 
     def _encode(self, factors: Tensor, text: Tensor) -> Tensor:
         with torch.no_grad():
@@ -79,6 +79,18 @@ class ChangingTable(nn.Module):
         """What ``encoded`` was made from."""
         self._made_from = self._versions()
 
+    @contextmanager
+    def _own_write(self) -> Iterator[None]:
+        """Around a change that keeps V right where it was right before; readers look at this between changes only."""
+        if self.encoded is None:
+            yield
+            return
+        with self._fetch:
+            right = self._versions() == self._made_from
+            yield
+            if right:
+                self._remember()
+
     def _versions(self) -> list[tuple[int, int]]:
         if self.encoded is None:
             return []
@@ -89,8 +101,14 @@ class ChangingTable(nn.Module):
     def _changing(self, what: str) -> Iterator[None]:
         with self._lock:
             if self._read_only == self.factors.data_ptr():
-                raise RuntimeError(f"{what}: this table is a map of its file and read-only; change a clone() of it")
+                raise RuntimeError(f"{what}: this table's memory is read-only; change a clone() of it")
+            if any(not rows_lie_apart(t) for name in ROW_PARTS if (t := getattr(self, name)) is not None):
+                raise RuntimeError(f"{what}: rows of this table share memory; change a clone() of it of it")
             yield
+
+    def _check_fresh(self, what: str) -> None:
+        if self._versions() != self._made_from:
+            raise RuntimeError(f"{what}: factors, text or text_projection changed since refresh(): call refresh()")
 
     def refresh(self) -> None:
         """Forms V = factors + text @ text_projection anew, after training or an edit in place of either.
@@ -128,19 +146,16 @@ class ChangingTable(nn.Module):
             if not values:
                 raise ValueError("update: factors, text, row_scale or bias is wanted, none came")
             if self.encoded is not None and ("factors" in values or "text" in values):
-                if self._versions() != self._made_from:
-                    raise RuntimeError(
-                        "update: factors, text or text_projection changed since refresh(): call refresh()"
-                    )
+                self._check_fresh("update")
                 assert self.text is not None
                 parts = (values[n] if n in values else self._current(n, rows) for n in ("factors", "text"))
                 values["encoded"] = self._encode(*parts)
             if self._log is not None:
                 self._log.write(rows, values)
                 return
-            for name, value in values.items():
-                write_rows(getattr(self, name), rows, value)
-            self._remember()
+            with self._own_write():
+                for name, value in values.items():
+                    write_rows(getattr(self, name), rows, value)
 
     def _current(self, name: str, rows: Tensor) -> Tensor:
         if self._log is not None:
@@ -181,17 +196,19 @@ class ChangingTable(nn.Module):
                 more = Names.of(as_names("ids", ids), count)
                 names = self._names.joined(more, alive, self._joined)
             if self.encoded is not None:
+                self._check_fresh("append")
                 values["encoded"] = self._encode(values["factors"], values["text"])
             grown = {name: self._with_room(name, before + count) for name in values}
-            with torch.no_grad():
-                for name, value in values.items():
-                    grown[name][before:] = value
-            with self._fetch:
-                self._put(grown)
-                self.alive = alive
-                if names is not None:
-                    self._hold_names(names)
-                self._move_log(grown)
+            with self._own_write():
+                with torch.no_grad():
+                    for name, value in values.items():
+                        grown[name][before:] = value
+                with self._fetch:
+                    self._put(grown)
+                    self.alive = alive
+                    if names is not None:
+                        self._hold_names(names)
+                    self._move_log(grown)
         return torch.arange(before, before + count, device=self.factors.device)
 
     def _put(self, tensors: dict[str, Tensor]) -> None:
@@ -200,6 +217,7 @@ class ChangingTable(nn.Module):
             held = getattr(self, name)
             if isinstance(held, nn.Parameter):
                 held.data, held.grad = tensor, None
+                torch.autograd.graph.increment_version(held)
             else:
                 setattr(self, name, tensor)
 
@@ -217,7 +235,8 @@ class ChangingTable(nn.Module):
         if room is None or room.data_ptr() != held.data_ptr() or len(room) < rows:
             if self._log is not None:
                 self._log.flush()
-            room = held.new_empty((rows + rows // 4 + 16, *held.shape[1:]))
+            with torch.inference_mode(False):
+                room = torch.empty((rows + rows // 4 + 16, *held.shape[1:]), dtype=held.dtype, device=held.device)
             room[: len(held)] = held
             self._room[name] = room
         return room[:rows]
@@ -225,12 +244,12 @@ class ChangingTable(nn.Module):
     def _move_log(self, grown: dict[str, Tensor]) -> None:
         if self._log is None:
             return
-        if all(self._log.tensors[name].data_ptr() == tensor.data_ptr() for name, tensor in grown.items()):
-            self._log.extend(grown)
+        held = {name: getattr(self, name) for name in grown}  # parameters themselves: autograd watches these
+        if all(self._log.tensors[name].data_ptr() == tensor.data_ptr() for name, tensor in held.items()):
+            self._log.extend(held)
         else:
             # Readers of the old memory keep it, and their log.
-            self._log = UpdateLog(grown, self._log.items, self._remember)
-        self._remember()
+            self._log = UpdateLog(held, self._log.items, self._own_write)
 
     def remove(self, rows: Tensor) -> None:
         """Marks rows (int64 [n]) as removed: no function returns them again.
@@ -240,11 +259,7 @@ class ChangingTable(nn.Module):
         rows = as_tensor("rows", rows)
         with self._changing("remove"):
             self._check_rows(rows, all_different=False)
-            there = torch.ones(len(self), dtype=torch.bool, device=self.factors.device)
-            if self.alive is not None:
-                there = rows_of_bits(self.alive, torch.arange(len(self), device=self.alive.device))
-            there[rows] = False
-            self.alive = bits_of_rows(there)
+            self.alive = without_bits(self.alive, rows, len(self))
 
     def compact(self) -> Tensor:
         """Drops removed rows; the others move up. Returns the new number of every old row, int64 [N], -1 for removed.

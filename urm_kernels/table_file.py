@@ -48,7 +48,7 @@ def write(path: Path, tensors: dict[str, Tensor], rows: int, rank: int) -> None:
     partial = f"{os.fspath(path)}.{os.getpid()}.partial"
     try:
         save_file(
-            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+            _apart({name: tensor.detach().contiguous() for name, tensor in tensors.items()}),
             partial,
             metadata={"urm_kernels": json.dumps(description)},
         )
@@ -56,6 +56,17 @@ def write(path: Path, tensors: dict[str, Tensor], rows: int, rank: int) -> None:
     finally:
         if os.path.exists(partial):
             os.unlink(partial)
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors that share memory with one before, which the format refuses."""
+    seen: set[int] = set()
+    kept = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        kept[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return kept
 
 
 def read(path: Path, *, mmap: bool, device: str | torch.device) -> dict[str, Tensor]:
@@ -114,6 +125,11 @@ def _wanted(rows: int, rank: int) -> dict[str, _Wanted]:
         "id_text": _Wanted(("U8",), [None]),
         "id_offsets": _Wanted(("I64",), [rows + 1]),
     }
+
+
+def wanted_shapes(rows: int, rank: int) -> dict[str, list[int | None]]:
+    """Sizes of every part of a table, None where any will do."""
+    return {name: wanted.shape for name, wanted in _wanted(rows, rank).items()}
 
 
 def _check_pairs(path: Path, names: set[str]) -> None:

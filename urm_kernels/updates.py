@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -42,13 +43,15 @@ class UpdateLog:
     Args:
         tensors: by name, each [N, ...]; written in place.
         items: name of the tensor that scans read as the items; "bias" and "row_scale" are read by these names.
-        written: called after tensors were written.
+        around: entered while tensors are written.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], items: str, written: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, tensors: dict[str, Tensor], items: str, around: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         self.key = next(_keys)
         self.tensors, self.items = tensors, items
-        self._written = written
+        self._around = around
         self._version = 0
         self._pending: list[_Update] = []
         self._overlay: Overlay | None = None
@@ -123,11 +126,10 @@ class UpdateLog:
                     return
                 self._writing = True
             try:
-                for update in ready:
-                    for name, value in update.values.items():
-                        write_rows(self.tensors[name], update.rows, value)
-                if self._written is not None:
-                    self._written()
+                with self._around():
+                    for update in ready:
+                        for name, value in update.values.items():
+                            write_rows(self.tensors[name], update.rows, value)
             finally:
                 with self._changed:
                     self._writing = False

@@ -63,12 +63,23 @@ def rows_of_bits(bits: Tensor, rows: Tensor) -> Tensor:
     return ((bits[..., rows >> 3] >> (rows & 7)) & 1).bool()
 
 
-def bits_of_rows(allowed: Tensor) -> Tensor:
-    """bool [N] -> uint8 [ceil(N / 8)], lowest bit first."""
-    whole = allowed.new_zeros(-(-len(allowed) // 8) * 8, dtype=torch.uint8)
-    whole[: len(allowed)] = allowed
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=allowed.device)
-    return (whole.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+def without_bits(bits: Tensor | None, rows: Tensor, count: int) -> Tensor:
+    """The bits of `count` rows, all set where there are none, less those of some rows."""
+    if bits is None:
+        bits = torch.full((-(-count // 8),), 0xFF, dtype=torch.uint8, device=rows.device)
+    rows = rows.unique()  # so that adding bits is joining them
+    gone = torch.zeros_like(bits).index_add_(0, rows >> 3, (1 << (rows & 7)).to(torch.uint8))
+    return bits & ~gone
+
+
+def rows_lie_apart(tensor: Tensor) -> bool:
+    """Whether no element is part of two rows, or twice of one."""
+    apart = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < apart:
+            return False
+        apart = max(apart, stride * size)
+    return True
 
 
 def more_bits(bits: Tensor, before: int, after: int) -> Tensor:

@@ -70,5 +70,5 @@ def score_candidates(queries: Tensor, items: Tensor, bias: Tensor | None, row_sc
     """The op that the call needs; arguments as in the schema."""
     if not library.needs_grad(queries, items, bias):
         return _no_grad(queries, items, bias, row_scale, alive, log, *options)
-    library.settle(log)
-    return _with_grad(queries, items, bias, row_scale, alive, log, *options)
+    with library.unchanged(log, items, bias):
+        return _with_grad(queries, items, bias, row_scale, alive, log, *options)

@@ -44,10 +44,25 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def settle(log: int) -> None:
-    """Before a call with gradients: its backward reads the table itself, which must hold every update."""
-    if log and not torch.compiler.is_compiling() and (found := updates.find(log)) is not None:
-        found.flush()
+class unchanged:
+    """Around a call with gradients, whose backward reads the table itself: it must hold every update before, and an
+    update meanwhile, which came too early for autograd to notice, is an error as it would be later."""
+
+    def __init__(self, log: int, *tensors: Tensor | None) -> None:
+        self._tensors = tensors if log and not torch.compiler.is_compiling() else ()
+        if self._tensors and (found := updates.find(log)) is not None:
+            found.flush()
+        self._versions = self._now()
+
+    def _now(self) -> list[int]:
+        return [t._version for t in self._tensors if t is not None and not t.is_inference()]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *failed: Any) -> None:
+        if failed[0] is None and self._now() != self._versions:
+            raise RuntimeError("items: the table was updated during a call that needs its gradient; call again")
 
 
 @contextmanager

@@ -133,5 +133,5 @@ def log_partition(queries, items, bias, row_scale, alive, log, query_mask, reduc
     arguments = (query_mask, reduce, mask, exclude, temperature, backend)
     if not library.needs_grad(queries, items, bias, temperature):
         return _no_grad(queries, items, bias, row_scale, alive, log, *arguments)
-    library.settle(log)
-    return _with_grad(queries, items, bias, row_scale, alive, log, *arguments)
+    with library.unchanged(log, items, bias):
+        return _with_grad(queries, items, bias, row_scale, alive, log, *arguments)
