@@ -1,4 +1,4 @@
-# make test | test-stand-in | kernel-report | demo | bench | lint | format | test-sanitize | gpu-acceptance | clean
+# make test | test-stand-in | kernel-report | demo | docs | docs-links | bench | lint | format | test-sanitize | gpu-acceptance | clean
 # Every target but gpu-acceptance sets up what it needs: a .venv in the project, everything else through pip by name.
 
 PYTHON ?= python3
@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*/*) CMakeLists.txt pyproject.toml
 
-.PHONY: test test-stand-in kernel-report demo bench lint format test-sanitize gpu-acceptance clean
+.PHONY: test test-stand-in kernel-report demo docs docs-links bench lint format test-sanitize gpu-acceptance clean
 .DELETE_ON_ERROR:
 
 $(VENV)/test.stamp: requirements/test.txt
@@ -46,6 +46,14 @@ test-stand-in: $(VENV)/build.stamp
 
 demo: $(VENV)/build.stamp $(VENV)/demo.stamp
 	$(BIN)/python -m urm_kernels.demo --items $(ITEMS)
+
+# Needs no network once its tools are there: links within the pages are checked here, those to elsewhere by docs-links.
+docs: $(VENV)/build.stamp $(VENV)/docs.stamp
+	$(BIN)/python -m pytest --quiet python_tests/test_docs.py -k links
+	$(BIN)/python -m sphinx -W --keep-going -n -q -E docs docs/_build/html
+
+docs-links: $(VENV)/build.stamp $(VENV)/docs.stamp
+	$(BIN)/python -m sphinx -b linkcheck -q -D nb_execution_mode=off docs docs/_build/links
 
 bench: $(VENV)/build.stamp $(VENV)/bench.stamp
 	$(BIN)/python -m pytest bench

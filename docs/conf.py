@@ -16,9 +16,8 @@ author = "the urm_kernels authors"
 project_copyright = "the urm_kernels authors, Apache-2.0"
 version = release = urm_kernels.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "figures"]
-suppress_warnings = ["toc.empty_glob"]  # pages that the index takes only where they are
 
 html_theme = "furo"
 html_title = "urm_kernels"
@@ -35,7 +34,6 @@ nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300  # seconds a cell; torch.compile on a busy machine
 
-autosummary_generate = False  # the tables list what api.md holds, on the same page
 autodoc_default_options = {"members": True, "inherited-members": "Module,tuple"}
 autodoc_inherit_docstrings = False  # what only overrides torch.nn.Module is torch's to document
 autodoc_member_order = "bysource"
@@ -43,10 +41,14 @@ autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
+napoleon_use_rtype = False  # what stands before the colon is a shape, and belongs to the sentence
 
-# -n asks for a target of every name. Those of other projects would be looked up in inventories from the network, which a
-# build does not need; our own have to be there. A type in a docstring is prose: "[B, C] float32".
+# -n asks for a target of every name. Our own have to be there; to know other projects' a build would need the network,
+# and what stands for a type in a docstring is often prose: "[B, C] float32".
 nitpick_ignore_regex = [("py:.*", r"(?!urm_kernels\b).*")]
+nitpick_ignore = [
+    ("py:class", "urm_kernels.table.Serving")
+]  # between the table and the ops, for neither to change alone
 
 linkcheck_timeout = 20
 linkcheck_retries = 2
@@ -83,24 +85,34 @@ def public(module):
     return sorted(names, key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
 
 
-def directive(module, name):
+def entry(module, name):
     value = getattr(module, name)
     kind = "class" if inspect.isclass(value) else "function" if callable(value) else "data"
-    return f".. auto{kind}:: {module.__name__}.{name}\n"
+    return [f".. auto{kind}:: {module.__name__}.{name}", ""]
+
+
+def summary(module):
+    """A table of names and the first paragraph of each docstring."""
+    lines = [".. list-table::", "   :widths: 30 70", ""]
+    for name in public(module):
+        value = getattr(module, name)
+        text = inspect.getdoc(value) if callable(value) else ""
+        first = " ".join((text or "").partition("\n\n")[0].split())
+        lines += [f"   * - :py:obj:`{name} <{module.__name__}.{name}>`", f"     - {first.removesuffix('::')}"]
+    return lines
+
+
+def reference(name):
+    """All that a module shows: its docstring, a table, the entries."""
+    module = import_module(name)
+    names = [line for shown in public(module) for line in entry(module, shown)]
+    return "\n".join([f".. py:module:: {name}", "", inspect.getdoc(module), "", *summary(module), "", *names])
 
 
 def list_names(app, docname, source):
-    """Lines "@summary MODULE@" and "@entries MODULE@" of api.md become a table and the entries of all public names."""
-    if docname != "api":
-        return
-
-    def expanded(match):
-        indent, what, module = match[1], match[2], import_module(match[3])
-        if what == "summary":
-            return "\n".join(f"{indent}{module.__name__}.{name}" for name in public(module))
-        return "\n".join(directive(module, name) for name in public(module))
-
-    source[0] = re.sub(r"^( *)@(summary|entries) ([\w.]+)@$", expanded, source[0], flags=re.MULTILINE)
+    """Lines "@reference MODULE@" of api.md become the public names as they are at this build."""
+    if docname == "api":
+        source[0] = re.sub(r"^@reference ([\w.]+)@$", lambda m: reference(m[1]), source[0], flags=re.MULTILINE)
 
 
 def skip_field_aliases(app, what, name, value, skip, options):
