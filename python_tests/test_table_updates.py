@@ -362,7 +362,7 @@ def test_fork_in_the_middle_leaves_both_with_whole_tables():
         for _ in range(20):
             child = os.fork()
             if child == 0:
-                signal.alarm(5)
+                signal.alarm(30)
                 scores = score_topk(queries, table, 999).scores
                 fine = bool(scores.min() == scores.max())
                 table.update(torch.tensor([3]), torch.full((1, 16), 1e6))
@@ -398,7 +398,7 @@ def test_fork_while_another_thread_holds_the_tables_lock():
             time.sleep(0.3)
             child = os.fork()
             if child == 0:
-                signal.alarm(5)
+                signal.alarm(30)
                 fine = score_topk(torch.ones(4), table, 1).ids.tolist() == [[3]]
                 table.update(torch.tensor([4]), torch.full((1, 4), 2.0))
                 fine &= score_topk(torch.ones(4), table, 1).ids.tolist() == [[4]]
