@@ -1,4 +1,5 @@
-# make test | test-stand-in | kernel-report | demo | docs | docs-links | bench | lint | format | test-sanitize | gpu-acceptance | clean
+# make test | test-stand-in | kernel-report | demo | docs | docs-links | bench | lint | format | test-sanitize |
+#      gpu-acceptance | clean
 # Every target but gpu-acceptance sets up what it needs: a .venv in the project, everything else through pip by name.
 
 PYTHON ?= python3

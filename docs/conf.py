@@ -7,6 +7,8 @@ import statistics
 from importlib import import_module
 from pathlib import Path
 
+from sphinx.errors import SphinxError
+
 import urm_kernels
 
 ROOT = Path(__file__).parent.parent
@@ -56,8 +58,10 @@ linkcheck_retries = 2
 
 def median_ms(cell):
     """(ours, the fastest peer's): medians over the three committed runs, as in README."""
-    runs = [json.loads((ROOT / f"bench/results/latency_cpu{run}.json").read_text()) for run in ("_run1", "_run2", "")]
-    found = [next(c for c in run["cells"] if c["cell"] == cell) for run in runs]
+    found = []
+    for run in ("_run1", "_run2", ""):
+        cells = json.loads((ROOT / f"bench/results/latency_cpu{run}.json").read_text())["cells"]
+        found.append({c["cell"]: c for c in cells}[cell])
     peers = [name for name in found[0]["peers_ms"] if all(name in c["peers_ms"] for c in found)]
     return (
         statistics.median(c["ms"] for c in found),
@@ -147,7 +151,7 @@ def nothing_remote(app, error):
     files = [path for path in Path(app.outdir).rglob("*") if path.suffix in (".html", ".css")]
     found = [f"{path.name}: {match[0]}" for path in files for match in REMOTE.finditer(path.read_text("utf-8"))]
     if found:
-        raise RuntimeError("pages that load something from elsewhere:\n" + "\n".join(sorted(set(found))))
+        raise SphinxError("pages that load something from elsewhere:\n" + "\n".join(sorted(set(found))))
 
 
 def setup(app):
