@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +46,6 @@ def record(benchmark: Any, request: pytest.FixtureRequest) -> Any:
         _cells.setdefault(request.module.RESULTS, []).append(cell)
 
     return keep
-
-
-def _commit() -> str:
-    run = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(run, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 def _verdict(cell: dict[str, Any]) -> str:
@@ -109,9 +100,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         folder = _RESULTS
     if folder is None or not _cells:
         return
-    from urm_kernels.bench.machine import machine
+    from urm_kernels.bench.machine import commit_of, machine
 
     folder.mkdir(parents=True, exist_ok=True)
-    here = {**machine(), "commit": _commit()}
+    here = {**machine(), "commit": commit_of(_RESULTS.parent)}
     for name, cells in _cells.items():
         (folder / name).write_text(json.dumps({"machine": here, "cells": cells}, indent=1) + "\n")

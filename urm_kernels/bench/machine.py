@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import subprocess
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +41,15 @@ def own_version() -> str:
         return metadata.version("urm-kernels")
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def commit_of(folder: Path) -> str:
+    """Of a checkout; "unknown" where there is none."""
+    run = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(run, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
 
 
 def free_bytes() -> int | None:
