@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 STYLES: dict[str, dict[str, Any]] = {
     "ours": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     "best exact peer": {"color": "#D55E00", "marker": "s", "linestyle": "-"},
-    "torch": {"color": "#CC79A7", "marker": "D", "linestyle": "-"},
+    "torch, not exact": {"color": "#CC79A7", "marker": "D", "linestyle": "-"},
     "read floor": {"color": "#333333", "marker": "", "linestyle": "--"},
     "product floor": {"color": "#009E73", "marker": "", "linestyle": ":"},
 }
