@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (options.docs / PAGE).write_text(text)
     try:
         for name, (panels, title) in figures.items():
-            draw(panels, options.docs / "figures" / name, title, columns=3 if len(panels) % 3 == 0 else 2)
+            draw(panels, options.docs / "figures" / name, title, columns=2 if len(panels) == 4 else 3)
     except ModuleNotFoundError as error:
         raise SystemExit(f"error: the figures need {error.name}: pip install -r requirements/bench.txt") from error
     print(f"{PAGE} and {', '.join(figures) or 'no figures'}")

@@ -60,9 +60,10 @@ def latency(record: dict[str, Any], name: str) -> tuple[str, Figures]:
     found = scans(cells)
     text = [f"## CPU: one table\n\n{machine(record['machine'])} `make bench`, kept in `bench/results/{name}`.\n"]
     text += [bars(cells), *tables(found), peers_left_out(cells)]
+    k = _shown_k(found)
     groups = sorted({(scan.N, scan.dtype, scan.r) for scan in found}, key=lambda group: (group[1] != "fp32", group))
     panels = [
-        by_shape([scan for scan in found if scan[:3] == group and scan.k == 100], f"{group[1]}, r = {group[2]}")
+        by_shape([scan for scan in found if scan[:3] == group and scan.k == k], f"{group[1]}, r = {group[2]}")
         for group in groups
     ]
     if not found:
@@ -70,7 +71,7 @@ def latency(record: dict[str, Any], name: str) -> tuple[str, Figures]:
     figure = f"bench_{name.removesuffix('.json')}.png"
     rows = ", ".join(short(count) for count in sorted({scan.N for scan in found}))
     text.append(f"![latency by shape](figures/{figure})\n")
-    return "\n".join(text), {figure: (panels, f"score_topk on a CPU, N = {rows}, k = 100")}
+    return "\n".join(text), {figure: (panels, f"score_topk on a CPU, N = {rows}, k = {k}")}
 
 
 def grid(record: dict[str, Any], name: str) -> tuple[str, Figures]:
@@ -83,24 +84,33 @@ def grid(record: dict[str, Any], name: str) -> tuple[str, Figures]:
     without = {cell["not_measured"]: cell for cell in cells if "not_measured" in cell}
     text += [f"Not measured, {short(cell['N'])} rows and more: {reason}.\n" for reason, cell in without.items()]
     figures: Figures = {}
-    widest = max((scan.r for scan in found), default=0)
-    shown = [scan for scan in found if scan.r == widest and scan.k == 100]
+    widest, k = max((scan.r for scan in found), default=0), _shown_k(found)
+    shown = [scan for scan in found if scan.r == widest and scan.k == k]
     if shown:
         groups = sorted({(scan.dtype, scan.N) for scan in shown}, key=lambda group: (group[0] != "fp32", group))
         panels = [
             by_shape([s for s in shown if (s.dtype, s.N) == group], f"{group[0]}, N = {short(group[1])}")
             for group in groups
         ]
-        figures["bench_grid_shapes.png"] = panels, f"score_topk on a CPU, r = {widest}, k = 100"
+        figures["bench_grid_shapes.png"] = panels, f"score_topk on a CPU, r = {widest}, k = {k}"
         text.append("![latency by shape](figures/bench_grid_shapes.png)\n")
-        kinds = sorted({(s.dtype, s.B, s.M) for s in shown}, key=lambda kind: (kind[0] != "fp32", kind))
+        shapes = sorted({(s.B, s.M) for s in shown}, key=lambda shape: shape[0] * shape[1])
+        shapes = sorted({shapes[0], shapes[len(shapes) // 2], shapes[-1]})  # the smallest, a middle one, the largest
         panels = [
-            by_rows([s for s in shown if (s.dtype, s.B, s.M) == kind], f"{kind[0]}, (B, M) = ({kind[1]}, {kind[2]})")
-            for kind in kinds
+            by_rows(of_kind, f"{dtype}, (B, M) = ({shape[0]}, {shape[1]})")
+            for dtype in DTYPES
+            for shape in shapes
+            if (of_kind := [s for s in shown if (s.dtype, s.B, s.M) == (dtype, *shape)])
         ]
-        figures["bench_grid_rows.png"] = panels, f"score_topk on a CPU against N, r = {widest}, k = 100"
+        figures["bench_grid_rows.png"] = panels, f"score_topk on a CPU against N, r = {widest}, k = {k}"
         text.append("![latency against N](figures/bench_grid_rows.png)\n")
     return "\n".join(text), figures
+
+
+def _shown_k(found: Sequence[Scan]) -> int:
+    """Of the figures: 100, or what there is."""
+    ks = {scan.k for scan in found}
+    return 100 if 100 in ks or not ks else min(ks)
 
 
 def bars_only(record: dict[str, Any], name: str) -> tuple[str, Figures]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .cells import short
+
 # Okabe and Ito's colours, told apart by the colour-blind; shapes and strokes say the same once more.
 STYLES: dict[str, dict[str, Any]] = {
     "ours": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
@@ -51,6 +53,8 @@ def draw(panels: Sequence[Panel], path: Path, title: str = "", columns: int = 2)
             axes.tick_params(axis="x", labelrotation=30 if max(map(len, map(str, panel.places))) > 9 else 0)
         else:
             axes.set_xscale("log")
+            axes.set_xticks(x, [short(int(place)) for place in panel.places])
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(panel.title, fontsize=10)
