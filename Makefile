@@ -1,5 +1,5 @@
-# make test | test-stand-in | kernel-report | demo | docs | docs-links | bench | lint | format | test-sanitize |
-#      gpu-acceptance | clean
+# make test | test-stand-in | kernel-report | demo | docs | docs-links | docs-benchmarks | bench | bench-full | lint |
+#      format | test-sanitize | gpu-acceptance | clean
 # Every target but gpu-acceptance sets up what it needs: a .venv in the project, everything else through pip by name.
 
 PYTHON ?= python3
@@ -8,7 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*/*) CMakeLists.txt pyproject.toml
 
-.PHONY: test test-stand-in kernel-report demo docs docs-links bench lint format test-sanitize gpu-acceptance clean
+.PHONY: test test-stand-in kernel-report demo docs docs-links docs-benchmarks bench bench-full lint format \
+  test-sanitize gpu-acceptance clean
 .DELETE_ON_ERROR:
 
 $(VENV)/test.stamp: requirements/test.txt
@@ -58,6 +59,13 @@ docs-links: $(VENV)/build.stamp $(VENV)/docs.stamp
 
 bench: $(VENV)/build.stamp $(VENV)/bench.stamp
 	$(BIN)/python -m pytest bench
+
+# Hours; stop it whenever you like, the next run goes on. GRID="--only 'N=1e6 fp32' --budget-minutes 30" does a part.
+bench-full: $(VENV)/build.stamp $(VENV)/bench.stamp
+	$(BIN)/python bench/grid.py $(GRID)
+
+docs-benchmarks: $(VENV)/build.stamp $(VENV)/bench.stamp
+	$(BIN)/python bench/render.py
 
 lint: $(VENV)/build.stamp
 	$(BIN)/ruff check .

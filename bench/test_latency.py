@@ -13,16 +13,19 @@ import subprocess
 import sys
 import time
 import timeit
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from peers import PEERS, Peer, SkipError
 from torch import Tensor
 
 import urm_kernels
 from urm_kernels import scoring, testing
+from urm_kernels.bench import PEERS, Cell, Contest, Experience, Table, figures, rounds_for, timed, tolerance
+from urm_kernels.bench.cells import make_queries, make_table
+from urm_kernels.bench.turns import PAUSE, Call
+
+RESULTS = "latency_cpu.json"
 
 # What must be reached. "others" are the exact peers of the cell's dtype class that are not named themselves.
 BARS = {
@@ -42,209 +45,72 @@ SCAN_BARS: dict[tuple[str, int, int], dict[str, float]] = {
     ("bf16", 8, 8): {"torch": 1.0},  # not exact itself
 }
 
-_SLOW, _VERY_SLOW = 0.5, 1.5  # seconds a call: three rounds above the first, one above the second
-# Seconds a call, and three times the fastest exact peer (which therefore stays): not waited for at the larger k.
-_HOPELESS = 5.0
-_PAUSE = 0.005  # seconds: the thread pools of the one before have stopped spinning by then
-
-Call = Callable[[], Any]
-
-
-class Cell(NamedTuple):
-    dtype: str
-    r: int
-    B: int
-    M: int
-    k: int
-
-    def __str__(self) -> str:
-        return f"{self.dtype} r={self.r} B={self.B} M={self.M} k={self.k}"
-
-
 SHAPES = ((1, 1), (1, 8), (8, 8), (32, 16))
 # In the order in which a table, its indexes and an oracle can be kept.
 CELLS = [Cell("fp32", r, *shape, k) for r in (64, 128) for shape in SHAPES for k in (100, 1000)]
 CELLS += [Cell("bf16", 128, *shape, 100) for shape in SHAPES]
 
 
-@functools.lru_cache(maxsize=1)
-def _table(dtype: str, r: int, rows: int) -> Tensor:
-    _state.cache_clear()
-    items = testing.make_items("decay", rows, r, seed=0)
-    return items.bfloat16() if dtype == "bf16" else items
-
-
-@functools.cache
-def _state(peer: Peer, dtype: str, r: int, rows: int) -> Any:
-    return peer.prepare(_table(dtype, r, rows))
-
-
-def _queries(cell: Cell, items: Tensor) -> Tensor:
-    return testing.make_queries("decay", cell.B, cell.M, cell.r, seed=1, items=items)
+# Those that are exact in the cells' own class; bfloat16 products of a bfloat16 table are shown, too.
+_PEERS = [peer for peer in PEERS if peer.exact or peer.dtype == "bf16"]
+_experience = Experience()
 
 
 @functools.lru_cache(maxsize=1)
-def _oracle(dtype: str, r: int, users: int, count: int, rows: int) -> Tensor:
-    items = _table(dtype, r, rows)
-    return testing.full_scores(_queries(Cell(dtype, r, users, count, 0), items), items)
+def _table(dtype: str, r: int, rows: int) -> Table:
+    return Table(make_table(Cell(dtype, r, 1, 1, 1, rows)))
 
 
-def _tolerance(queries: Tensor, items: Tensor) -> float:
-    """Of a canonical dot, from the largest lengths; `testing.score_tolerance` row by row would double the wait."""
-    longest = torch.linalg.vector_norm(items, dim=1, dtype=torch.float32).max() * queries.norm(dim=2).max()
-    return float(longest) * (queries.shape[2] / 16 + 6) * 2.0**-24
+@functools.lru_cache(maxsize=1)
+def _oracle(cell: Cell) -> Tensor:
+    """Of the cell with k = 0: the same for all k."""
+    items = _table(cell.dtype, cell.r, cell.N).items
+    return testing.full_scores(make_queries(cell, items), items)
 
 
-Key = tuple[str, int, int, int, int, str]
-_chosen: dict[Key, Peer] = {}  # the best variant of a family, by the first k tried
-_hopeless: dict[Key, str] = {}  # families too slow to be waited for at a larger k again, with the reason
-
-
-class Contest:
-    """The peers of a cell: tried once, the best variant of each family kept, then measured in turns with ours."""
-
-    def __init__(self, cell: Cell, rows: int, queries: Tensor, ours: urm_kernels.TopK) -> None:
-        self.seconds: dict[str, list[float]] = {}
-        self.rounds: dict[str, int] = {}
-        self.calls: dict[str, Call] = {}
-        self.skipped: dict[str, str] = {}
-        self.exact: dict[str, bool] = {}
-        self.agreement: dict[str, float] = {}
-        families: dict[str, list[Peer]] = {}
-        tried: dict[Key, float] = {}
-        for peer in PEERS:
-            if peer.dtype == cell.dtype:
-                families.setdefault(peer.family, []).append(peer)
-        for family, variants in families.items():
-            key = (cell.dtype, cell.r, cell.B, cell.M, rows, family)
-            if key in _hopeless:
-                self.skipped[family] = _hopeless[key]
-                continue
-            trials = {}
-            for peer in [_chosen[key]] if key in _chosen else variants:
-                try:
-                    call = functools.partial(peer.search, _state(peer, cell.dtype, cell.r, rows), queries, cell.k)
-                    elapsed, (_, ids) = _timed(call)
-                except SkipError as reason:
-                    self.skipped[peer.name] = str(reason)
-                    continue
-                except Exception as error:  # a peer that breaks is its own affair, and is said
-                    self.skipped[peer.name] = f"failed: {type(error).__name__}: {error}"
-                    continue
-                trials[peer] = (elapsed, call, _overlap(ids, ours.ids))
-            if trials:
-                best = _chosen[key] = min(trials, key=lambda peer: trials[peer][0])
-                self._admit(best, *trials[best])
-                tried[key] = trials[best][0]
-        fastest = min((tried[key] for key in tried if _chosen[key].exact), default=float("inf"))
-        for key, elapsed in tried.items():
-            if elapsed > max(_HOPELESS, 3 * fastest):
-                _hopeless[key] = f"{elapsed:.1f} s at k = {cell.k}: not waited for again at a larger k"
-
-    def _admit(self, peer: Peer, elapsed: float, call: Call, agreement: float) -> None:
-        self.calls[peer.name], self.exact[peer.name] = call, peer.exact
-        self.agreement[peer.name] = round(agreement, 4)
-        self.rounds[peer.name] = _rounds(elapsed)
-        # One round for the very slow ones, and that is the trial: nothing is warm for them that a second would be.
-        self.seconds[peer.name] = [elapsed] if self.rounds[peer.name] == 1 else []
-
-    def turn(self) -> None:
-        for name, call in self.calls.items():
-            if len(self.seconds[name]) < self.rounds[name]:
-                time.sleep(_PAUSE)
-                self.seconds[name].append(_timed(call)[0])
-
-    def summary(self, ms: float) -> dict[str, Any]:
-        medians = {name: statistics.median(seconds) * 1e3 for name, seconds in self.seconds.items() if seconds}
-        best = min((name for name in medians if self.exact[name]), key=medians.__getitem__, default=None)
-        out: dict[str, Any] = {
-            "peers_ms": {name: round(value, 3) for name, value in medians.items()},
-            "ratios": {name: round(value / ms, 3) for name, value in medians.items()},
-            "peer_rounds": {name: len(seconds) for name, seconds in self.seconds.items()},
-            "peers_exact": self.exact,
-            "agreement": self.agreement,
-            "skipped": self.skipped,
-            "best_peer": best,
-        }
-        if best is not None:
-            out |= {"best_peer_ms": round(medians[best], 3), "faster_by": round(medians[best] / ms, 3)}
-        return out
-
-    def verdict(self, cell: Cell, summary: dict[str, Any], of_read_bandwidth: float) -> dict[str, Any]:
-        """The cell's bars in words, and whether all are met; None where there is no bar or nobody to compare with."""
-        bars = SCAN_BARS.get((cell.dtype, cell.B, cell.M), {})
-        words, met = [], []
-        for who, bar in bars.items():
-            if who == "of_read_bandwidth":
-                words.append(f">= {bar:.0%} of bandwidth")
-                met.append(of_read_bandwidth >= bar)
-                continue
-            named = [name for name in summary["ratios"] if name.split()[0] == who]
-            if who == "others":
-                named = [n for n in summary["ratios"] if self.exact[n] and n.split()[0] not in bars]
-            words.append(f">= {bar:g}x {who}")
-            met += [summary["ratios"][name] >= bar for name in named]
-        return {"bar": ", ".join(words) or "none", "met": all(met) if met else None}
-
-
-def _timed(call: Call) -> tuple[float, Any]:
-    began = time.perf_counter()
-    result = call()
-    return time.perf_counter() - began, result
-
-
-def _rounds(elapsed: float) -> int:
-    return 1 if elapsed > _VERY_SLOW else 3 if elapsed > _SLOW else 7
-
-
-def _overlap(ids: Tensor, ours: Tensor) -> float:
-    """Share of our ids that a peer returned too; ties that it broke otherwise count against it."""
-    hits = sum(len(set(a) & set(b)) for a, b in zip(ids.tolist(), ours.tolist(), strict=True))
-    return hits / max(1, ours.numel())
+def _verdict(cell: Cell, summary: dict[str, Any], of_read_bandwidth: float) -> dict[str, Any]:
+    """The cell's bars in words, and whether all are met; None where there is no bar or nobody to compare with."""
+    bars = SCAN_BARS.get((cell.dtype, cell.B, cell.M), {})
+    words, met = [], []
+    for who, bar in bars.items():
+        if who == "of_read_bandwidth":
+            words.append(f">= {bar:.0%} of bandwidth")
+            met.append(of_read_bandwidth >= bar)
+            continue
+        named = [name for name in summary["ratios"] if name.split()[0] == who]
+        if who == "others":
+            exact = summary["peers_exact"]
+            named = [n for n in summary["ratios"] if exact[n] and n.split()[0] not in bars]
+        words.append(f">= {bar:g}x {who}")
+        met += [summary["ratios"][name] >= bar for name in named]
+    return {"bar": ", ".join(words) or "none", "met": all(met) if met else None}
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_scan(cell: Cell, benchmark: Any, record: Any, request: pytest.FixtureRequest) -> None:
-    rows = request.config.getoption("rows")
-    items = _table(cell.dtype, cell.r, rows)
-    queries = _queries(cell, items)
+    cell = cell._replace(N=request.config.getoption("rows"))
+    table = _table(cell.dtype, cell.r, cell.N)
+    items, queries = table.items, make_queries(cell, table.items)
     call = functools.partial(urm_kernels.score_topk, queries, items, cell.k)
     with testing.peak_extra_memory() as peak:
-        first, result = _timed(call)
-    oracle = _oracle(cell.dtype, cell.r, cell.B, cell.M, rows)
-    testing.compare_topk(result, oracle, tolerance=_tolerance(queries, items))
+        first, result = timed(call)
+    testing.compare_topk(result, _oracle(cell._replace(k=0)), tolerance=tolerance(queries, items))
 
-    contest = Contest(cell, rows, queries, result)
+    contest = Contest(cell, table, queries, result, _experience, _PEERS)
     bandwidth, rate = [], []
 
     def turn() -> None:
         contest.turn()
-        time.sleep(_PAUSE)
+        time.sleep(PAUSE)
         rate.append(testing.fma_rate(rounds=1))
         bandwidth.append(testing.read_bandwidth(rounds=1))
 
-    benchmark.pedantic(call, setup=turn, rounds=max(3, _rounds(first)), iterations=1)
+    benchmark.pedantic(call, setup=turn, rounds=max(3, rounds_for(first)), iterations=1)
     seconds = _median(benchmark, first)
-    read = items.numel() * items.element_size() / seconds
-    operations = 2.0 * cell.B * cell.M * items.numel() / seconds
-    ceiling, fma = statistics.median(bandwidth), statistics.median(rate)
+    beside = figures(cell, items, seconds, statistics.median(bandwidth), statistics.median(rate))
     summary = contest.summary(seconds * 1e3)
-    record(
-        {
-            "cell": str(cell),
-            "N": rows,
-            "ms": round(seconds * 1e3, 3),
-            "gb_per_s": round(read / 1e9, 2),
-            "read_ceiling_gb_per_s": round(ceiling / 1e9, 2),
-            "of_read_bandwidth": round(read / ceiling, 3),
-            "gflop_per_s": round(operations / 1e9, 2),
-            "fma_ceiling_gflop_per_s": round(fma / 1e9, 2),
-            "of_fma_rate": round(operations / fma, 3),
-            "extra_bytes": peak.bytes,
-            **summary,
-            **contest.verdict(cell, summary, read / ceiling),
-        }
-    )
+    verdict = _verdict(cell, summary, beside["of_read_bandwidth"])
+    record({**beside, "extra_bytes": peak.bytes, **summary, **verdict})
 
 
 def _median(benchmark: Any, otherwise: float) -> float:
@@ -255,19 +121,19 @@ def _median(benchmark: Any, otherwise: float) -> float:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_k_costs_little(dtype: str, benchmark: Any, record: Any, request: pytest.FixtureRequest) -> None:
     rows = request.config.getoption("rows")
-    items = _table(dtype, 128, rows)
+    items = _table(dtype, 128, rows).items
     queries = testing.make_queries("decay", 1, 8, 128, seed=1, items=items)
     many, few = (functools.partial(urm_kernels.score_topk, queries, items, k) for k in (1000, 10))
     oracle = testing.full_scores(queries, items)
     for call in (many, few):
-        testing.compare_topk(call(), oracle, tolerance=_tolerance(queries, items))
+        testing.compare_topk(call(), oracle, tolerance=tolerance(queries, items))
     few_seconds: list[float] = []
 
     def turn() -> None:
-        few_seconds.append(_timed(few)[0])
+        few_seconds.append(timed(few)[0])
 
     benchmark.pedantic(many, setup=turn, rounds=15, iterations=1)
-    seconds, short = _median(benchmark, _timed(many)[0]), statistics.median(few_seconds)
+    seconds, short = _median(benchmark, timed(many)[0]), statistics.median(few_seconds)
     record(
         {
             "cell": f"{dtype} r=128 B=1 M=8 k=1000 over k=10",
@@ -287,7 +153,7 @@ def test_small_call(benchmark: Any, record: Any, monkeypatch: pytest.MonkeyPatch
     queries = testing.make_queries("decay", 1, 1, 64, seed=1, items=items)
     call = functools.partial(urm_kernels.score_topk, queries, items, 10)
     result = call()
-    testing.compare_topk(result, testing.full_scores(queries, items), tolerance=_tolerance(queries, items))
+    testing.compare_topk(result, testing.full_scores(queries, items), tolerance=tolerance(queries, items))
 
     def plain_torch() -> Any:
         return torch.topk((queries @ items.T).amax(1), 10)
@@ -300,7 +166,7 @@ def test_small_call(benchmark: Any, record: Any, monkeypatch: pytest.MonkeyPatch
 
     def turn() -> None:
         for name, one in calls.items():
-            time.sleep(_PAUSE)
+            time.sleep(PAUSE)
             micros[name].append(_micros(one))
         with monkeypatch.context() as patch:
             patch.setattr(scoring.ops, "score_topk", lambda *_: (result.scores, result.ids))

@@ -1,6 +1,7 @@
-"""Other ways to the same top k under max over M, each with its own prepared state; all results come as torch tensors.
+"""Other ways to the same top k, each with its own prepared state; all results come as torch tensors.
 
 A peer takes float32 queries [B, M, r]; the index or copy that it would build once is made by `prepare` and not timed.
+Under sum and mean every one of them adds the queries first, as we do.
 Packages are imported when a peer is prepared; one that is missing is a skip with its reason, not an error.
 """
 
@@ -8,13 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Result = tuple[Tensor, Tensor]
+CHUNKS = (8192, 65536, None)  # rows; None is all
 _MOST_DOTS = 1 << 30  # a peer that stores all B x M x N dots is not asked to store more than 4 GiB of them
 
 
@@ -22,12 +23,12 @@ class SkipError(Exception):
     """Why a peer does not run a cell."""
 
 
-@dataclass(frozen=True)
-class Peer:
+class Peer(NamedTuple):
     """family: peers of one family are variants of one method, of which the best is reported.
 
     dtype: "fp32" or "bf16", the class it is compared in. exact: whether it finds the top k of the table it was given,
-    up to float32 rounding; the others are shown and never decide a bar.
+    up to float32 rounding; the others are shown and never decide a bar. copied: bytes that `prepare` takes for each
+    element of the table. chunk: rows whose dots it holds at a time; None is all.
     """
 
     name: str
@@ -35,11 +36,31 @@ class Peer:
     dtype: str
     exact: bool
     prepare: Callable[[Tensor], Any]
-    search: Callable[[Any, Tensor, int], Result]
+    find: Callable[[Any, Tensor, int, str], Result]
+    copied: int = 0
+    chunk: int | None = 0
+
+    @property
+    def package(self) -> str:
+        return self.family.split()[0]
+
+    def search(self, state: Any, queries: Tensor, k: int, reduce: str = "max") -> Result:
+        if reduce in ("sum", "mean"):
+            queries, reduce = getattr(queries, reduce)(1, keepdim=True), "max"
+        elif reduce == "logsumexp" and self.package != "torch":
+            raise SkipError("not written for logsumexp")
+        return self.find(state, queries, k, reduce)
+
+    def dots_bytes(self, users: int, count: int, rows: int) -> int:
+        """Memory for the dots held at a time, and their maxima."""
+        return 4 * users * (count + 1) * (rows if self.chunk is None else min(self.chunk, rows))
 
 
-def torch_chunked(dtype: torch.dtype, chunk: int | None, items: Tensor, queries: Tensor, k: int) -> Result:
-    """Products of `chunk` rows, max over M, top k of the chunk, merged with the best so far; None is all rows."""
+def torch_chunked(dtype: torch.dtype, chunk: int | None, items: Tensor, queries: Tensor, k: int, reduce: str) -> Result:
+    """Products of `chunk` rows, the reduction over M, top k of the chunk, merged with the best so far.
+
+    chunk: None is all rows.
+    """
     users, count, r = queries.shape
     rows = items.shape[0]
     chunk = chunk or rows
@@ -49,7 +70,8 @@ def torch_chunked(dtype: torch.dtype, chunk: int | None, items: Tensor, queries:
     best: Result | None = None
     for first in range(0, rows, chunk):
         part = items[first : first + chunk]
-        scores = (flat @ part.T).view(users, count, len(part)).amax(1)
+        dots = (flat @ part.T).view(users, count, len(part))
+        scores = dots.amax(1) if reduce == "max" else dots.logsumexp(1)
         found, ids = scores.topk(min(k, len(part)))
         ids += first
         if best is not None:
@@ -61,8 +83,8 @@ def torch_chunked(dtype: torch.dtype, chunk: int | None, items: Tensor, queries:
     return best
 
 
-def numpy_chunked(chunk: int | None, items: Any, queries: Tensor, k: int) -> Result:
-    """As above by numpy: argpartition of each chunk, one sort at the end."""
+def numpy_chunked(chunk: int | None, items: Any, queries: Tensor, k: int, reduce: str) -> Result:
+    """As above under max, by numpy: argpartition of each chunk, one sort at the end."""
     import numpy
 
     users, count, r = queries.shape
@@ -92,7 +114,7 @@ def numpy_chunked(chunk: int | None, items: Any, queries: Tensor, k: int) -> Res
     )
 
 
-def _faiss(items: Tensor, quantized: bool) -> Any:
+def _faiss(items: Tensor, quantizer: str | None) -> Any:
     try:
         import faiss
     except ImportError as error:
@@ -100,15 +122,17 @@ def _faiss(items: Tensor, quantized: bool) -> Any:
     faiss.omp_set_num_threads(torch.get_num_threads())
     r = items.shape[1]
     index: Any
-    if quantized:
-        index = faiss.IndexScalarQuantizer(r, faiss.ScalarQuantizer.QT_bf16, faiss.METRIC_INNER_PRODUCT)
+    if quantizer:
+        index = faiss.IndexScalarQuantizer(r, getattr(faiss.ScalarQuantizer, quantizer), faiss.METRIC_INNER_PRODUCT)
     else:
         index = faiss.IndexFlatIP(r)
-    index.add(items.float().numpy())
+    rows = items.float().numpy()
+    index.train(rows[:100_000])
+    index.add(rows)
     return index
 
 
-def faiss_search(index: Any, queries: Tensor, k: int) -> Result:
+def faiss_search(index: Any, queries: Tensor, k: int, reduce: str) -> Result:
     """B M searches for k, merged a user.
 
     Exact for max over M: a row of the user's top k has its score from the query that wins there, and is among the k
@@ -148,7 +172,7 @@ def _jax(items: Tensor) -> Any:
     return search, jnp.asarray(items.float().numpy())
 
 
-def jax_search(state: Any, queries: Tensor, k: int) -> Result:
+def jax_search(state: Any, queries: Tensor, k: int, reduce: str) -> Result:
     search, table = state
     users, count, _ = queries.shape
     if users * count * table.shape[0] > _MOST_DOTS // 4:
@@ -168,7 +192,7 @@ def _numpy(items: Tensor) -> Any:
 def _peers() -> list[Peer]:
     peers = []
     for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        for chunk in (8192, 65536, None):
+        for chunk in CHUNKS:
             peers.append(
                 Peer(
                     f"torch {label} chunks of {chunk or 'N'}",
@@ -177,18 +201,20 @@ def _peers() -> list[Peer]:
                     dtype == torch.float32,
                     functools.partial(Tensor.to, dtype=dtype),
                     functools.partial(torch_chunked, dtype, chunk),
+                    chunk=chunk,
                 )
             )
-    for size in (65536, None):
+    for size in CHUNKS[1:]:
         search = functools.partial(numpy_chunked, size)
-        peers.append(Peer(f"numpy chunks of {size or 'N'}", "numpy", "fp32", True, _numpy, search))
-    flat = functools.partial(_faiss, quantized=False)
-    peers.append(Peer("faiss flat", "faiss flat", "fp32", True, flat, faiss_search))
-    # Exact on a table whose values are bfloat16 already: the codes are then the values.
-    quantizer = functools.partial(_faiss, quantized=True)
-    peers.append(Peer("faiss bf16 quantizer", "faiss bf16", "bf16", True, quantizer, faiss_search))
-    peers.append(Peer("jax top_k", "jax", "fp32", True, _jax, jax_search))
+        peers.append(Peer(f"numpy chunks of {size or 'N'}", "numpy", "fp32", True, _numpy, search, chunk=size))
+    flat, eight, half = (functools.partial(_faiss, quantizer=name) for name in (None, "QT_8bit", "QT_bf16"))
+    peers.append(Peer("faiss flat", "faiss flat", "fp32", True, flat, faiss_search, copied=4))
+    peers.append(Peer("faiss 8-bit quantizer", "faiss 8-bit", "fp32", False, eight, faiss_search, copied=1))
+    # Exact on a table whose values are bfloat16 already: the codes are then the values. They come by way of float32.
+    peers.append(Peer("faiss bf16 quantizer", "faiss bf16", "bf16", True, half, faiss_search, copied=6))
+    peers.append(Peer("jax top_k", "jax", "fp32", True, _jax, jax_search, copied=4, chunk=None))
     return peers
 
 
 PEERS = _peers()
+FAMILIES = tuple(dict.fromkeys(peer.package for peer in PEERS))

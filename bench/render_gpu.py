@@ -1,0 +1,67 @@
+"""The section of docs/benchmarks.md that was measured on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from render_cpu import Figures, ms, table
+
+from urm_kernels.bench.cells import short
+from urm_kernels.bench.plot import Panel
+
+_FIGURE = "bench_gpu.png"
+_K = 1000  # of the figure
+
+
+def latency(record: dict[str, Any], name: str) -> tuple[str, Figures]:
+    device = record["device"]
+    cells = [cell for cell in record["latency"] if cell["status"] == "ok"]
+    text = [
+        f"## GPU\n\n{device['name']} ({device['memory_gib']} GiB, compute capability {device['capability']}), torch "
+        f"{device['torch']}, Triton {device['triton']}, CUDA {device['cuda']}. `make gpu-acceptance`, kept in "
+        f"`bench/results/{name}`.\n\n"
+        "Results are checked against float64 first. *Graph*: a replayed CUDA graph; *call*: a plain call, host\n"
+        "included. *Floor*: the larger of one read of the table at the copy bandwidth and the products at torch's\n"
+        "bfloat16 rate, measured beside it. *torch*: products in bfloat16, which round; *scores, then topk*: our scan\n"
+        "with all scores written. Which bars are met is said in [gpu.md](gpu.md).\n"
+    ]
+    for rows in sorted({cell["N"] for cell in cells}, reverse=True):
+        lines = [
+            [
+                str(cell["r"]),
+                f"({cell['B']}, {cell['M']})",
+                f"{cell['k']:,}",
+                f"**{ms(cell['graph_ms'])}**",
+                ms(cell["ms"]),
+                ms(cell["floor_ms"]),
+                ms(cell["peers_ms"]["torch"]),
+                ms(cell["peers_ms"]["half_fused"]),
+                f"{cell['peers_ms']['torch'] / cell['graph_ms']:.2f}",
+            ]
+            for cell in cells
+            if cell["N"] == rows
+        ]
+        header = ["r", "(B, M)", "k", "graph, ms", "call", "floor", "torch", "scores, then topk", "torch / graph"]
+        text.append(f"### N = {rows:,}, bf16\n\n{table(header, lines)}")
+    panels = []
+    for rows, r in sorted({(cell["N"], cell["r"]) for cell in cells if cell["k"] == _K}, reverse=True):
+        shown = [cell for cell in cells if (cell["N"], cell["r"], cell["k"]) == (rows, r, _K)]
+        panels.append(_panel(sorted(shown, key=lambda cell: (cell["B"] * cell["M"], cell["B"])), rows, r))
+    if not panels:
+        return "\n".join(text), {}
+    text.append(f"![latency on a GPU](figures/{_FIGURE})\n")
+    return "\n".join(text), {_FIGURE: (panels, f"{device['name']}, bfloat16 tables, k = {_K}, replayed graph")}
+
+
+def _panel(cells: list[dict[str, Any]], rows: int, r: int) -> Panel:
+    elements = float(rows * r)
+    series: dict[str, list[float | None]] = {
+        "ours": [cell["graph_ms"] for cell in cells],
+        "torch, not exact": [cell["peers_ms"]["torch"] for cell in cells],
+        "read floor": [2 * elements / cell["ceilings"]["copy_gb_per_s"] / 1e6 for cell in cells],
+        "product floor": [
+            2 * cell["B"] * cell["M"] * elements / cell["ceilings"]["bf16_tflop_per_s"] / 1e9 for cell in cells
+        ],
+    }
+    places = [f"({cell['B']}, {cell['M']})" for cell in cells]
+    return Panel(f"N = {short(rows)}, r = {r}", "(B, M)", places, series)

@@ -1,0 +1,61 @@
+"""What a reader needs to judge figures: the machine and the versions; no name of a host or a folder."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import env
+from ..backends import cpu
+
+PACKAGES = ("torch", "numpy", "faiss-cpu", "jax")
+
+
+def machine() -> dict[str, Any]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "processor": env._processor_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": cpu.instruction_set(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def own_version() -> str:
+    try:
+        return metadata.version("urm-kernels")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def commit_of(folder: Path) -> str:
+    """Of a checkout; "unknown" where there is none."""
+    run = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(run, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def free_bytes() -> int | None:
+    """Memory that can be had without swapping (Linux); None where the system does not tell."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
