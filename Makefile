@@ -89,4 +89,4 @@ gpu-acceptance:
 	@if [ -x $(BIN)/python ]; then $(BIN)/python bench/gpu_acceptance.py; else $(PYTHON) bench/gpu_acceptance.py; fi
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) build docs/_build

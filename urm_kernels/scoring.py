@@ -16,8 +16,9 @@ Reduce = Literal["max", "sum", "mean", "logsumexp"]
 class TopK(NamedTuple):
     """The k best items of each user, best first: higher score, then lower row index.
 
-    scores: [B, k] float32 (float64 for float64 input); pads are -inf.
-    ids: [B, k] int64 row indices; pads are -1.
+    Attributes:
+        scores: [B, k] float32 (float64 for float64 input); pads are -inf.
+        ids: [B, k] int64 row indices; pads are -1.
     """
 
     scores: Tensor
@@ -51,8 +52,8 @@ def score_topk(
 
     without storing the [B, M, N] dots: memory beyond the result is O(B k) and a few tiles a thread. On the CPU backend
     each row is read once for all queries of a group of users (up to 512 queries), on a GPU for up to 1024 users, and no
-    call waits for the device. Scores are canonical dots
-    (CONTRACT.md): the same bits on every backend, instruction set, thread count and batch.
+    call waits for the device. Scores are canonical dots (CONTRACT.md): the same bits on every backend, instruction set,
+    thread count and batch.
 
     Arrays of NumPy, CuPy, JAX and whatever else has ``__dlpack__`` are taken as they lie, wherever a tensor is;
     ``result.like(queries)`` gives the result back in their kind.
@@ -74,7 +75,8 @@ def score_topk(
             devices they exclude nothing, since looking would be waiting.
         sorted: False leaves the order within the k open.
         sparse_grad: the gradient of ``items`` is a coalesced COO tensor that holds the rows returned only.
-        backend: "cpu", "triton" or "reference"; None lets the library choose (environment URM_BACKEND overrides).
+        backend: "cpu", "triton" or "reference", which raises where it cannot run the call; None takes what the
+            environment variable URM_BACKEND names, else lets the library choose.
 
     Returns:
         :class:`TopK`. ``scores`` carries gradients to queries, projection, items and bias; under "max" to the winning
