@@ -295,7 +295,24 @@ def test_a_table_of_a_file(capsys, tmp_path):
     file = tmp_path / "table.safetensors"
     ItemTable(torch.randn(400, 8).bfloat16()).save(file)
     command.main(["--table", str(file), "--k", "7", "--peers", "none"])
-    assert "bf16 r=8 B=1 M=8 k=7" in capsys.readouterr().out
+    assert "bf16 r=8 B=1 M=8 k=7 file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("factors", "words"),
+    [
+        (torch.tensor([[1.0, float("nan")]]), "finite factors are wanted"),
+        (torch.zeros(3, 2, dtype=torch.float16), "float32 or bfloat16 factors are measured, these are torch.float16"),
+        (torch.zeros(0, 2), "at most N = 0 is wanted"),
+    ],
+    ids=["nan", "float16", "empty"],
+)
+def test_files_that_are_not_measured(factors, words, capsys, tmp_path):
+    file = tmp_path / "table.safetensors"
+    ItemTable(factors).save(file)
+    with pytest.raises(SystemExit):
+        command.main(["--table", str(file), "--k", "1"])
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -310,6 +327,7 @@ def test_a_table_of_a_file(capsys, tmp_path):
         ("--items 10 --k 11", "--k: at most N = 10 is wanted, 11 came"),
         ("--items 10 --k 1 --data odd", "kind: one of"),
         ("--items 1e12", "GiB to make"),
+        ("--items 10 --k 1 --users 1e9 --queries 1e3", "GiB to make"),
         ("--table absent.safetensors", "absent.safetensors"),
         ("--table absent.safetensors --items 10", "--items: comes from the file"),
         ("--json absent/out.json", "--json: the folder absent does not exist"),
