@@ -21,11 +21,12 @@ import grid
 import render
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
 MACHINE = {
     "processor": "Sham 9000", "cores": 2, "threads": 2, "instruction_set": "portable", "system": "Linux sham",
     "versions": {"torch": "2"}, "commit": "abc", "date": "2026-01-02", "sources": "123",
 }  # fmt: skip
-TORCH = [peer for peer in PEERS if peer.package == "torch"]
+TORCH = [peer for peer in PEERS if peer.package == "torch" and peer.chunk]
 CELLS = product((300, 2000), (8,), ((1, 1), (2, 3)), (5, 1000), ("fp32", "bf16"))
 # Ceilings take a tenth of a second a cell, and are tested elsewhere.
 CEILINGS = {"read_bandwidth": 2e10, "fma_rate": 1e11}
@@ -226,12 +227,14 @@ def test_an_inexact_peer_is_never_the_best():
 # The page
 
 
+@pytest.mark.skipif(not RESULTS.is_dir(), reason="a source distribution has no bench/results")
 def test_the_committed_page_is_what_the_jsons_say():
-    assert (ROOT / "docs" / "benchmarks.md").read_text() == render.page(ROOT / "bench" / "results").text
+    assert (ROOT / "docs" / "benchmarks.md").read_text() == render.page(RESULTS).text
 
 
 def synthetic(folder):
-    cells = [contest(cell, TORCH) for cell in CELLS]
+    one = contest(CELLS[0], TORCH[:1])
+    cells = [{**one, "cell": str(cell), "N": cell.N} for cell in CELLS]
     for cell, met in zip(cells, (True, False), strict=False):
         cell |= {"bar": ">= 1x torch", "met": met}
     cells[2]["skipped"] = {"faiss flat": "about 55 s, after 5.5 s at N = 1,000,000: not waited for"}
@@ -258,9 +261,12 @@ def test_a_page_of_a_synthetic_machine(tmp_path):
 
 def test_the_figures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    render.main(["--docs", str(tmp_path)])
-    drawn = sorted(file.name for file in (tmp_path / "figures").iterdir())
-    assert "bench_gpu.png" in drawn and "bench_latency_cpu.png" in drawn
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    results.mkdir()
+    synthetic(results)
+    render.main(["--results", str(results), "--docs", str(docs)])
+    assert (docs / "benchmarks.md").exists()
+    assert len(list((docs / "figures").glob("bench_*.png"))) == 3
 
 
 def test_a_json_that_is_something_else_is_said(tmp_path):
