@@ -12,7 +12,6 @@ import torch
 from urm_kernels import ItemTable, scoring, testing
 from urm_kernels.backends import cpu
 from urm_kernels.bench import PEERS, Cell, Experience, Peer, SkipError, Table, check, command, measure, text
-from urm_kernels.bench import contest as contest_module
 from urm_kernels.bench.cells import make_queries, make_table, product, short
 from urm_kernels.bench.measure import run as run_ours
 
@@ -58,8 +57,8 @@ def never(*_):
     raise AssertionError("measured again")
 
 
-def sleeper(name, seconds, exact=True):
-    """A peer of a class of its own that takes its time and returns the right rows."""
+def sleeper(name, seconds=0.0, exact=True):
+    """A peer that takes its time and returns the right rows."""
 
     def find(items, queries, k, reduce):
         time.sleep(seconds)
@@ -182,14 +181,15 @@ def test_peers_find_the_same_rows(dtype, reduce):
         assert "not installed" in reason or reason == "not written for logsumexp", (name, reason)
 
 
-def test_a_hopeless_peer_is_predicted_from_smaller_cells(monkeypatch):
-    monkeypatch.setattr(contest_module, "_HOPELESS", 0.05)
-    peers, experience = [sleeper("quick", 0.0), sleeper("slow", 0.04)], Experience()
+def test_a_hopeless_peer_is_predicted_from_smaller_cells():
+    peers, experience = [sleeper("quick"), sleeper("slow")], Experience()
     small = Cell("fp32", 8, 1, 2, 5, 1000)
+    for peer, seconds in zip(peers, (0.5, 2.0), strict=True):
+        experience.learn(small, peer, seconds)
     assert contest(small, peers, experience)["skipped"] == {}
     record = contest(small._replace(N=4000), peers, experience)
     assert set(record["peers_ms"]) == {"quick"}
-    assert "s at N = 1,000: not waited for" in record["skipped"]["slow"]
+    assert record["skipped"] == {"slow": "about 8 s, after 2.0 s at N = 1,000: not waited for"}
     # The same from the record of an earlier run.
     resumed = Experience()
     torch_name = TORCH[0].name
@@ -207,10 +207,10 @@ def test_peers_that_lack_memory_or_break_are_said(monkeypatch):
         raise SkipError("sham is not installed")
 
     peers = [
-        sleeper("good", 0),
-        sleeper("greedy", 0)._replace(copied=1 << 50),
-        sleeper("broken", 0)._replace(find=broken),
-        sleeper("absent", 0)._replace(prepare=absent),
+        sleeper("good"),
+        sleeper("greedy")._replace(copied=1 << 50),
+        sleeper("broken")._replace(find=broken),
+        sleeper("absent")._replace(prepare=absent),
     ]
     record = contest(Cell("fp32", 8, 1, 2, 5, 500), peers)
     assert record["best_peer"] == "good"
@@ -219,7 +219,7 @@ def test_peers_that_lack_memory_or_break_are_said(monkeypatch):
 
 
 def test_an_inexact_peer_is_never_the_best():
-    record = contest(Cell("fp32", 8, 1, 2, 5, 500), [sleeper("rough", 0, exact=False), sleeper("exact", 0.01)])
+    record = contest(Cell("fp32", 8, 1, 2, 5, 500), [sleeper("rough", exact=False), sleeper("exact", 0.01)])
     assert set(record["peers_ms"]) == {"rough", "exact"}
     assert record["best_peer"] == "exact"
 
