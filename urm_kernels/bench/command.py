@@ -17,7 +17,7 @@ from .. import testing
 from ..backends import cpu
 from ..table import ItemTable
 from . import plot, text
-from .cells import DTYPES, REDUCTIONS, Cell, make_queries, make_table, product, table_bytes
+from .cells import DTYPES, REDUCTIONS, Cell, make_queries, make_table, product, short, table_bytes
 from .contest import Experience, Table
 from .machine import free_bytes, machine
 from .measure import check, measure, run
@@ -169,6 +169,12 @@ def _require_room(cell: Cell, made: bool) -> None:
         raise ValueError(f"{cell.name} takes {needed / 2**30:.1f} GiB to make, {free / 2**30:.1f} GiB are free")
 
 
+def _named(fields: dict[str, Any], between: str = ", ") -> str:
+    return between.join(
+        f"{name} = {short(value)}" if isinstance(value, int) else str(value) for name, value in fields.items()
+    )
+
+
 def _plot(records: Sequence[dict[str, Any]], cells: Sequence[Cell], path: Path) -> None:
     """One panel: against N where only N differs, else the cells side by side."""
     floors = []
@@ -181,11 +187,16 @@ def _plot(records: Sequence[dict[str, Any]], cells: Sequence[Cell], path: Path) 
         "read floor": [read for read, _ in floors],
         "product floor": [products for _, products in floors],
     }
-    against_rows = len({cell.N for cell in cells}) == len(cells) > 1 == len({cell._replace(N=0) for cell in cells})
-    places: Any = [cell.N for cell in cells] if against_rows else [cell.name for cell in cells]
-    title = str(cells[0]) if against_rows else "exact top k"
+    values = {field: [getattr(cell, field) for cell in cells] for field in Cell._fields}
+    same = {field: each[0] for field, each in values.items() if len(set(each)) == 1}
+    title = _named(same)
+    if len(cells) > 1 and set(values) - set(same) == {"N"}:
+        panel = plot.Panel(title, "items N", values["N"], series)
+    else:
+        places = [_named({f: v for f, v in cell._asdict().items() if f not in same}, "\n") for cell in cells]
+        panel = plot.Panel(title, "", places, series)
     try:
-        plot.draw([plot.Panel(title, "items N" if against_rows else "cell", places, series)], path)
+        plot.draw([panel], path)
     except ModuleNotFoundError as error:
         print(f"no figure: it needs {error.name} (pip install matplotlib)", file=sys.stderr)
     except (OSError, ValueError) as error:
