@@ -25,6 +25,7 @@ from .peers import FAMILIES, PEERS
 
 _MOST_OF_FREE = 0.8
 _PATIENCE = 30.0  # seconds a call of a peer
+_FILE = "file"  # the data kind of a table that was not generated
 _BY_HAND = {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"}  # choose a kernel or a cache size, and slow numpy and faiss
 
 _EXAMPLES = """Lists make a grid: --items 1e5,1e6 --queries 1,8 measures four cells.
@@ -132,8 +133,9 @@ def _cells(options: argparse.Namespace, parser: argparse.ArgumentParser) -> tupl
     if items.dtype not in names:
         parser.error(f"--table: float32 or bfloat16 factors are measured, these are {items.dtype}")
     count, r = items.shape
-    # Queries as for independent rows: what the file's own queries look like nobody knows here.
-    cells = product([count], [r], shapes, options.k, [names[items.dtype]], options.reduce, "iid")
+    if items.numel() and not all(bound.isfinite() for bound in items.aminmax()):
+        parser.error("--table: finite factors are wanted, some of these are not")
+    cells = product([count], [r], shapes, options.k, [names[items.dtype]], options.reduce, _FILE)
     if not cells:
         parser.error(f"--k: at most N = {count} is wanted, {min(options.k)} came")
     return cells, Table(items)
@@ -145,10 +147,13 @@ def _measured(cells: Sequence[Cell], given: Table | None, families: Sequence[str
     experience, records = Experience(patience=_PATIENCE), []
     for _, together in itertools.groupby(cells, key=lambda cell: (cell.N, cell.r, cell.dtype)):
         of_table = list(together)
-        table = given or Table(_generated(of_table[0]))
+        for cell in of_table:
+            _require_room(cell, made=given is None)
+        table = given or Table(make_table(of_table[0]))
         for cell in of_table:
             print(f"measuring {cell.name}", file=sys.stderr)
-            queries = make_queries(cell, table.items)
+            # For a file as for independent rows: what its own queries look like nobody knows here.
+            queries = make_queries(cell._replace(data="iid") if given else cell, table.items)
             result, extra = run(cell, table, queries)
             check([result], queries, table.items, cell.reduce)
             records.append(measure(cell, table, queries, result, extra, experience, peers))
@@ -156,31 +161,42 @@ def _measured(cells: Sequence[Cell], given: Table | None, families: Sequence[str
     return records
 
 
-def _generated(cell: Cell) -> torch.Tensor:
-    needed, free = table_bytes(cell), free_bytes()
+def _require_room(cell: Cell, made: bool) -> None:
+    """For the table, where it is made, and the queries and results of a call."""
+    needed = 8 * cell.B * cell.M * cell.r + 24 * cell.B * cell.k + (table_bytes(cell) if made else 0)
+    free = free_bytes()
     if free is not None and needed > _MOST_OF_FREE * free:
-        raise ValueError(
-            f"--items, --rank: a table of {short(cell.N)} x {cell.r} takes {needed / 2**30:.1f} GiB to make, "
-            f"{free / 2**30:.1f} GiB are free"
-        )
-    return make_table(cell)
+        raise ValueError(f"{cell.name} takes {needed / 2**30:.1f} GiB to make, {free / 2**30:.1f} GiB are free")
+
+
+def _named(fields: dict[str, Any], between: str = ", ") -> str:
+    return between.join(
+        f"{name} = {short(value)}" if isinstance(value, int) else str(value) for name, value in fields.items()
+    )
 
 
 def _plot(records: Sequence[dict[str, Any]], cells: Sequence[Cell], path: Path) -> None:
     """One panel: against N where only N differs, else the cells side by side."""
-    series: dict[str, list[float | None]] = {name: [] for name in ("ours", "best exact peer", "read floor")}
-    products = series.setdefault("product floor", [])
+    floors = []
     for record, cell in zip(records, cells, strict=True):
         count = 1 if cell.reduce in ("sum", "mean") else cell.M
-        read, multiply = plot.floors(record, cell.B, count, cell.r, DTYPES[cell.dtype].itemsize)
-        for name, value in zip(series, (record["ms"], record.get("best_peer_ms"), read), strict=False):
-            series[name].append(value)
-        products.append(multiply)
-    against_rows = len({cell.N for cell in cells}) == len(cells) > 1 == len({cell._replace(N=0) for cell in cells})
-    places: Any = [cell.N for cell in cells] if against_rows else [cell.name for cell in cells]
-    title = str(cells[0]) if against_rows else "exact top k"
+        floors.append(plot.floors(record, cell.B, count, cell.r, DTYPES[cell.dtype].itemsize))
+    series: dict[str, list[float | None]] = {
+        "ours": [record["ms"] for record in records],
+        "best exact peer": [record.get("best_peer_ms") for record in records],
+        "read floor": [read for read, _ in floors],
+        "product floor": [products for _, products in floors],
+    }
+    values = {field: [getattr(cell, field) for cell in cells] for field in Cell._fields}
+    same = {field: each[0] for field, each in values.items() if len(set(each)) == 1}
+    title = _named(same)
+    if len(cells) > 1 and set(values) - set(same) == {"N"}:
+        panel = plot.Panel(title, "items N", values["N"], series)
+    else:
+        places = [_named({f: v for f, v in cell._asdict().items() if f not in same}, "\n") for cell in cells]
+        panel = plot.Panel(title, "", places, series)
     try:
-        plot.draw([plot.Panel(title, "items N" if against_rows else "cell", places, series)], path)
+        plot.draw([panel], path)
     except ModuleNotFoundError as error:
         print(f"no figure: it needs {error.name} (pip install matplotlib)", file=sys.stderr)
     except (OSError, ValueError) as error:

@@ -38,7 +38,7 @@ def draw(panels: Sequence[Panel], path: Path, title: str = "", columns: int = 2)
 
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(5.2 * columns, 3.4 * rows + 0.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(max(7.5, 5.2 * columns), 3.4 * rows + 0.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False).flat
     for axes, panel in zip(grid, panels, strict=False):
@@ -50,7 +50,6 @@ def draw(panels: Sequence[Panel], path: Path, title: str = "", columns: int = 2)
         axes.set_yscale("log")
         if words:
             axes.set_xticks(x, panel.places)
-            axes.tick_params(axis="x", labelrotation=30 if max(map(len, map(str, panel.places))) > 9 else 0)
         else:
             axes.set_xscale("log")
             axes.set_xticks(x, [short(int(place)) for place in panel.places])
