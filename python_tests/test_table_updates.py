@@ -12,7 +12,6 @@ from support import assert_same_bits, bits, by_reference, run_python
 
 from urm_kernels import ItemTable, TopK, log_partition, score_candidates, score_topk
 from urm_kernels.testing import available_backends, forced
-from urm_kernels.updates import UpdateLog
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 R = 32
@@ -193,71 +192,6 @@ def test_rows_that_wait_beside_the_table_are_read_there_with_every_bit(path, dty
             if scale is None:
                 assert_same_bits(best, by_reference(queries, plain, rows, reduce=reduce, bias=bias))
     table._log.unpin(version)
-
-
-def log_of(rows=8):
-    tensors = {"factors": torch.zeros(rows, 2), "bias": torch.zeros(rows)}
-    return tensors, UpdateLog(tensors, "factors")
-
-
-def values_of(version, rows):
-    return {"factors": torch.full((rows, 2), float(version)), "bias": torch.full((rows,), float(version))}
-
-
-def test_a_reader_that_began_before_delays_the_write_until_it_ends():
-    tensors, log = log_of()
-    before, overlay = log.pin()
-    assert overlay is None
-    log.write(torch.tensor([5, 2]), values_of(1, 2))
-    assert not tensors["factors"].any() and not tensors["bias"].any()
-    after, overlay = log.pin()
-    assert after > before and overlay.rows.tolist() == [2, 5] and overlay.items.tolist() == [[1, 1], [1, 1]]
-    assert log.current("bias", torch.tensor([2, 3])).tolist() == [1, 0]
-    log.write(torch.tensor([2]), {"bias": torch.tensor([9.0])})
-    newest, overlay = log.pin()
-    assert (
-        overlay.rows.tolist() == [2, 5] and overlay.bias.tolist() == [9, 1] and overlay.items.tolist() == [[1, 1]] * 2
-    )
-    log.unpin(before)  # the second update waits for the reader of the first
-    assert tensors["bias"].tolist() == [0, 0, 1, 0, 0, 1, 0, 0]
-    log.unpin(newest)
-    assert tensors["bias"].tolist() == [0, 0, 1, 0, 0, 1, 0, 0]
-    log.unpin(after)
-    assert tensors["bias"].tolist() == [0, 0, 9, 0, 0, 1, 0, 0] and log.pin()[1] is None
-
-
-def test_with_nobody_reading_an_update_goes_straight_into_the_table():
-    tensors, log = log_of()
-    log.write(torch.tensor([1]), values_of(3, 1))
-    assert tensors["bias"].tolist() == [0, 3, 0, 0, 0, 0, 0, 0] and log.pin() == (1, None)
-
-
-def test_flush_waits_for_readers_that_began_before_and_for_no_others():
-    tensors, log = log_of()
-    log.flush()
-    before, _ = log.pin()
-    log.write(torch.tensor([1]), values_of(3, 1))
-    after, _ = log.pin()
-    flushed = threading.Event()
-    thread = threading.Thread(target=lambda: (log.flush(), flushed.set()))
-    thread.start()
-    assert not flushed.wait(0.2)
-    log.unpin(before)
-    assert flushed.wait(5) and tensors["bias"][1] == 3
-    log.unpin(after)
-    thread.join()
-
-
-def test_an_update_of_no_rows_changes_nothing_also_while_somebody_reads():
-    table = ItemTable(torch.zeros(4, 2), bias=torch.zeros(4))
-    version, _ = table._log.pin()
-    none = torch.tensor([], dtype=torch.int64)
-    table.update(none, torch.zeros(0, 2))
-    table.update(torch.tensor([1]), bias=torch.ones(1))
-    table.update(none, bias=torch.zeros(0))
-    assert score_topk(torch.zeros(2), table, 1).ids.tolist() == [[1]]
-    table._log.unpin(version)
-    assert table.bias.tolist() == [0, 1, 0, 0]
 
 
 def test_rows_come_and_go_while_others_read():
