@@ -5,6 +5,7 @@ import threading
 import torch
 
 from urm_kernels import ItemTable, score_topk
+from urm_kernels.backends.table_view import Overlay, TableView
 from urm_kernels.updates import UpdateLog
 
 
@@ -71,3 +72,9 @@ def test_an_update_of_no_rows_changes_nothing_also_while_somebody_reads():
     assert score_topk(torch.zeros(2), table, 1).ids.tolist() == [[1]]
     table._log.unpin(version)
     assert table.bias.tolist() == [0, 1, 0, 0]
+
+
+def test_rows_appended_after_a_reader_began_are_not_settled_into_its_tensors():
+    newer = Overlay(torch.tensor([1, 6]), torch.tensor([[5.0, 5], [6, 6]]), bias=torch.tensor([7.0, 8]))
+    view = TableView(torch.zeros(4, 2), bias=torch.zeros(4), overlay=newer).settled()
+    assert view.items.tolist() == [[0, 0], [5, 5], [0, 0], [0, 0]] and view.bias.tolist() == [0, 7, 0, 0]

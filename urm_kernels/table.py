@@ -273,6 +273,8 @@ class ItemTable(ChangingTable):
         """A table's rows are its state: parts may come with other sizes, or not at all."""
         with self._lock:
             self._check_state(state_dict, prefix)
+            if self._log is not None:
+                self._log.flush()  # an older update, written later, would replace what is loaded
             for name in _PARTS:
                 held, given = getattr(self, name), state_dict.get(prefix + name)
                 if isinstance(given, Tensor) and (held is None or held.shape != given.shape):
@@ -282,7 +284,7 @@ class ItemTable(ChangingTable):
                         held.data = fresh
                     else:
                         setattr(self, name, fresh)
-                elif given is None and held is not None and name in ("alive",):
+                elif given is None and held is not None and name == "alive":
                     self.alive = None
             self._room.clear()
             super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -103,7 +103,7 @@ class ChangingTable(nn.Module):
             if self._read_only == self.factors.data_ptr():
                 raise RuntimeError(f"{what}: this table's memory is read-only; change a clone() of it")
             if any(not rows_lie_apart(t) for name in ROW_PARTS if (t := getattr(self, name)) is not None):
-                raise RuntimeError(f"{what}: rows of this table share memory; change a clone() of it of it")
+                raise RuntimeError(f"{what}: rows of this table share memory; change a clone() of it")
             yield
 
     def _check_fresh(self, what: str) -> None:

@@ -36,16 +36,19 @@ class TableView(NamedTuple):
         """The same without an overlay: a copy of the table where there is one."""
         if self.overlay is None:
             return self
+        rows = self.overlay.rows
+        # Appended after these tensors were fetched, and changed since: not rows of this version.
+        rows = rows[rows < self.items.shape[0]]
 
         def replaced(whole: Tensor | None, part: Tensor | None) -> Tensor | None:
             if whole is None or part is None:
                 return whole
+            part = part[: len(rows)]
             if whole.dtype != torch.float8_e4m3fn:
                 return whole.clone().index_copy_(0, rows, part)
             as_bytes = whole.view(torch.uint8).clone().index_copy_(0, rows, part.view(torch.uint8))
             return as_bytes.view(whole.dtype)
 
-        rows = self.overlay.rows
         items, bias, row_scale = (replaced(whole, part) for whole, part in zip(self[:3], self.overlay[1:], strict=True))
         assert items is not None
         return TableView(items, bias, row_scale, self.alive)
