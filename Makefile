@@ -1,4 +1,4 @@
-# make test | test-stand-in | kernel-report | demo | docs | docs-links | docs-benchmarks | bench | bench-full | lint |
+# make test | test-stand-in | test-vocabularies | kernel-report | demo | docs | docs-links | docs-benchmarks | bench | bench-full | lint |
 #      format | test-sanitize | gpu-acceptance | clean
 # Every target but gpu-acceptance sets up what it needs: a .venv in the project, everything else through pip by name.
 
@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*/*) CMakeLists.txt pyproject.toml
 
-.PHONY: test test-stand-in kernel-report demo docs docs-links docs-benchmarks bench bench-full lint format \
+.PHONY: test test-stand-in test-vocabularies kernel-report demo docs docs-links docs-benchmarks bench bench-full lint format \
   test-sanitize gpu-acceptance clean
 .DELETE_ON_ERROR:
 
@@ -46,6 +46,11 @@ kernel-report: $(VENV)/build.stamp $(VENV)/blackwell.stamp
 test-stand-in: $(VENV)/build.stamp
 	URM_TEST_DEVICE=stand_in $(BIN)/python -m pytest python_tests
 
+# from_dense on the token embeddings of two language models, 180 MB of packages.
+test-vocabularies: $(VENV)/build.stamp $(VENV)/vocabularies.stamp
+	files=$$($(BIN)/python -m urm_kernels.testing.vocabularies) && \
+	env $$files $(BIN)/python -m pytest python_tests/test_factorize.py -k vocabularies
+
 demo: $(VENV)/build.stamp $(VENV)/demo.stamp
 	$(BIN)/python -m urm_kernels.demo --items $(ITEMS)
 
@@ -81,7 +86,7 @@ format: $(VENV)/test.stamp
 # The extension alone under AddressSanitizer, then UndefinedBehaviorSanitizer; the interpreter itself is not instrumented,
 # so the runtime is preloaded and leaks of the interpreter are not reported.
 test-sanitize: $(VENV)/build.stamp
-	for kind in address undefined; do python_tests/sanitize.sh $$kind $(BIN) || exit 1; done
+	for kind in address undefined thread; do python_tests/sanitize.sh $$kind $(BIN) || exit 1; done
 
 # With the .venv where there is one, else with a python3 that has a CUDA build of torch: which build suits the card is
 # not for a Makefile to choose.

@@ -195,6 +195,7 @@ def measure(cell: Cell, copies: list[Tensor], limits: dict[str, float]) -> dict[
     """One cell. copies: the table, as many times as it takes to be larger than the cache."""
     import urm_kernels
     from urm_kernels.backends import triton as backend
+    from urm_kernels.backends.table_view import ScanOptions
     from urm_kernels.backends.triton import search
 
     items = copies[0]
@@ -211,7 +212,7 @@ def measure(cell: Cell, copies: list[Tensor], limits: dict[str, float]) -> dict[
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before
     check(queries, items, cell.k, *result)
-    found = search.search(queries, items, cell.k, None, "max", None, None, None, True, backend.card(items.device))
+    found = search.search(queries, items, None, ScanOptions(), cell.k, True, backend.card(items.device))
     ms = milliseconds(ours)
     host = host_milliseconds(ours)
     graphs = []

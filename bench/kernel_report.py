@@ -19,6 +19,7 @@ import compile_only
 import torch
 import triton
 
+from urm_kernels.backends.table_view import ScanOptions
 from urm_kernels.backends.triton import search
 from urm_kernels.backends.triton.plan import Card
 
@@ -80,9 +81,8 @@ def launches(case: Case, architecture: int) -> list[compile_only.Launch]:
         mask = torch.empty(case.B, case.rows, dtype=torch.bool, **meta)
         exclude = torch.empty(case.B, 50, dtype=torch.int64, **meta)
     with compile_only.recorded(architecture) as found:
-        search.search(
-            queries, items, case.k, None, case.reduce, bias, mask, exclude, True, Card(_PROCESSORS, architecture)
-        )
+        options = ScanOptions(None, case.reduce, mask, exclude)
+        search.search(queries, items, bias, options, case.k, True, Card(_PROCESSORS, architecture))
         search.candidate_dots(queries, items, torch.empty(case.B, 100, dtype=torch.int64, **meta))
     return found
 

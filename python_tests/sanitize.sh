@@ -1,6 +1,6 @@
 #!/bin/sh
-# sanitize.sh KIND BIN: builds the CPU extension with -fsanitize=KIND beside the real one and runs the tests of values,
-# shapes, bits, bounds, gradients and concurrency on it.
+# sanitize.sh KIND BIN: builds the CPU extension with -fsanitize=KIND beside the real one and runs on it the tests that
+# call it; "thread": those of concurrency, with a minute of updates and reads.
 set -eu
 kind=$1
 bin=$(cd "$2" && pwd)
@@ -20,13 +20,19 @@ rm -f "$build"/package/urm_kernels/_c*.so
 cp "$build"/_cpu*.so "$build/package/urm_kernels/"
 
 left_out=reference
+files="bits values shapes gradients concurrency bounds candidates partition partition_gradients table_updates update_log"
+marked="not slow"
 case $kind in
 address)
   runtime=$(g++ -print-file-name=libasan.so)
   left_out="reference or fork_while_another_thread"  # a lock of libasan's own allocator stays taken in such a child
   ;;
 undefined) runtime=$(g++ -print-file-name=libubsan.so) ;;
-thread) runtime=$(g++ -print-file-name=libtsan.so) ;;
+thread)
+  runtime=$(g++ -print-file-name=libtsan.so)
+  files="concurrency table_updates update_log"
+  marked="slow or not slow"
+  ;;
 esac
 # libstdc++ beside it: exceptions thrown across the extension need the interceptor to find the real one. The finder of the
 # editable install, which would win over PYTHONPATH, is taken out, and the extension imported first: without it the tests
@@ -40,6 +46,5 @@ import pytest
 import urm_kernels._cpu
 assert urm_kernels._cpu.__file__.startswith(sys.path[1]), urm_kernels._cpu.__file__
 sys.exit(pytest.main(sys.argv[1:]))' \
-  -q -p no:cacheprovider -c "$top/pyproject.toml" --rootdir "$top" -k "not ($left_out)" \
-  "$top"/python_tests/test_bits.py "$top"/python_tests/test_values.py "$top"/python_tests/test_shapes.py \
-  "$top"/python_tests/test_gradients.py "$top"/python_tests/test_concurrency.py "$top"/python_tests/test_bounds.py
+  -q -p no:cacheprovider -c "$top/pyproject.toml" --rootdir "$top" -k "not ($left_out)" -m "$marked" \
+  $(printf "$top/python_tests/test_%s.py " $files)

@@ -3,9 +3,7 @@ allocation before the file has been validated (failure case 26)."""
 
 import contextlib
 import json
-import os
 import struct
-import threading
 
 import numpy as np
 import pytest
@@ -373,29 +371,3 @@ def test_files_of_format_1_still_load(load, names):
     held = load(plain(version=1, **parts))
     assert score_topk(torch.ones(3), held, 2).ids.tolist() == [[3, 2]] and held.count() == 4
     assert held.rows_of(torch.tensor([3 if names is None else 6])).tolist() == [3]
-
-
-def test_what_is_no_file_raises_an_oserror_or_valueerror_and_does_not_wait(tmp_path):
-    (tmp_path / "empty").write_bytes(b"")
-    os.mkfifo(tmp_path / "fifo")
-    for path, error in ((tmp_path, OSError), (tmp_path / "none", OSError), (tmp_path / "empty", ValueError)):
-        with pytest.raises(error):
-            ItemTable.load(path)
-    with pytest.raises((OSError, ValueError)):
-        ItemTable.load("/dev/zero")
-    ended = []
-
-    def load_fifo():
-        try:
-            ItemTable.load(tmp_path / "fifo")
-        except (OSError, ValueError) as error:
-            ended.append(error)
-
-    thread = threading.Thread(target=load_fifo, daemon=True)
-    thread.start()
-    thread.join(5)
-    waited = thread.is_alive()
-    if waited:
-        os.close(os.open(tmp_path / "fifo", os.O_WRONLY))  # lets it go on
-        thread.join(5)
-    assert ended and not waited

@@ -1,12 +1,14 @@
-"""What a hostile table file may cost, and many of them: memory before validation, and the fuzzer."""
+"""What a hostile table file may cost, what is no file, and many of them: memory, waiting, the fuzzer."""
 
+import os
+import threading
 import tracemalloc
 
 import pytest
 from fuzz_table_file import fuzz, pack, seeds
 from test_table_file import META, plain
 
-from urm_kernels import table_file
+from urm_kernels import ItemTable, table_file
 
 WORST = {"lists": "[],", "objects": "{},", "numbers": "1.5,", "strings": '"ab",', "names": None}
 
@@ -57,3 +59,29 @@ def test_the_fuzzers_files_are_the_same_every_time(tmp_path):
     files = seeds(tmp_path)
     first = [mutated(files, 3, number) for number in range(50)]
     assert first == [mutated(seeds(tmp_path), 3, number) for number in range(50)] and len(set(first)) > 45
+
+
+def test_what_is_no_file_raises_an_oserror_or_valueerror_and_does_not_wait(tmp_path):
+    (tmp_path / "empty").write_bytes(b"")
+    os.mkfifo(tmp_path / "fifo")
+    for path, error in ((tmp_path, OSError), (tmp_path / "none", OSError), (tmp_path / "empty", ValueError)):
+        with pytest.raises(error):
+            ItemTable.load(path)
+    with pytest.raises((OSError, ValueError)):
+        ItemTable.load("/dev/zero")
+    ended = []
+
+    def load_fifo():
+        try:
+            ItemTable.load(tmp_path / "fifo")
+        except (OSError, ValueError) as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=load_fifo, daemon=True)
+    thread.start()
+    thread.join(5)
+    waited = thread.is_alive()
+    if waited:
+        os.close(os.open(tmp_path / "fifo", os.O_WRONLY))  # lets it go on
+        thread.join(5)
+    assert ended and not waited

@@ -78,3 +78,18 @@ def test_rows_appended_after_a_reader_began_are_not_settled_into_its_tensors():
     newer = Overlay(torch.tensor([1, 6]), torch.tensor([[5.0, 5], [6, 6]]), bias=torch.tensor([7.0, 8]))
     view = TableView(torch.zeros(4, 2), bias=torch.zeros(4), overlay=newer).settled()
     assert view.items.tolist() == [[0, 0], [5, 5], [0, 0], [0, 0]] and view.bias.tolist() == [0, 7, 0, 0]
+
+
+def test_a_state_replaces_updates_that_still_wait_for_a_reader():
+    table = ItemTable(torch.zeros(4, 2))
+    before, _ = table._log.pin()
+    table.update(torch.tensor([1]), torch.full((1, 2), 3.0))
+    loaded = threading.Event()
+    state = {"factors": torch.full((4, 2), 7.0)}
+    thread = threading.Thread(target=lambda: (table.load_state_dict(state), loaded.set()))
+    log = table._log
+    thread.start()
+    assert not loaded.wait(0.2)
+    log.unpin(before)
+    thread.join(5)
+    assert loaded.is_set() and table.factors.eq(7).all()

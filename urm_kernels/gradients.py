@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends.reference import allowed_rows, combine_queries
-from .backends.table_view import TableView, gather_rows
+from .backends.table_view import ScanOptions, TableView, gather_rows
 
 _CHUNK = 1 << 22  # weights [users, M, k] held at a time
 _PARTITION_CHUNK = 1 << 20  # dots [users, M, rows] held at a time: 4 MiB, and a few temporaries of that size
@@ -64,10 +64,7 @@ def partition_gradients(
     logarithms: Tensor,
     queries: Tensor,
     table: TableView,
-    query_mask: Tensor | None,
-    reduce: str,
-    mask: Tensor | None,
-    exclude: Tensor | None,
+    options: ScanOptions,
     temperature: Tensor,
     backend: ModuleType,
     needs_items: bool,
@@ -78,6 +75,7 @@ def partition_gradients(
     A row's share of a user's sum is p = exp(score / T - log_partition); d log_partition / d score = p / T. Sums over
     rows are formed in float64.
     """
+    query_mask, reduce, mask, exclude = options
     users, count, r = queries.shape
     rows = table.items.shape[0]
     dtype, device = grad.dtype, grad.device

@@ -185,10 +185,8 @@ def log_partition(
 def _common(queries, items, projection, query_mask, reduce, bias) -> tuple[Serving, Tensor, Tensor | None]:
     """What every scoring function takes: (the table's tensors, queries [B, M, r], query_mask)."""
     queries = as_tensor("queries", queries)
-    projection, query_mask, bias = (
-        as_tensor(name, value)
-        for name, value in (("projection", projection), ("query_mask", query_mask), ("bias", bias))
-    )
+    projection, query_mask = as_tensor("projection", projection), as_tensor("query_mask", query_mask)
+    bias = as_tensor("bias", bias)
     if isinstance(items, ItemTable):
         table = items.serving()
         if table.bias is not None and bias is not None:

@@ -26,8 +26,7 @@ from torch import Tensor
 from .backends import cpu
 from .backends.table_view import Overlay, gather_rows
 
-_NONE = 0  # the key of tables without a log
-_keys = itertools.count(_NONE + 1)
+_keys = itertools.count(1)  # 0 is for tables without a log
 _logs: weakref.WeakValueDictionary[int, UpdateLog] = weakref.WeakValueDictionary()
 
 

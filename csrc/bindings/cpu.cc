@@ -1,9 +1,11 @@
 // urm_kernels._cpu: addresses, sizes and strides in, nothing of torch. The GIL is released while kernels run.
 #include <pthread.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <chrono>
 #include <cstdlib>
+#include <optional>
 #include <string>
 
 #include "../cpu/candidates.h"
@@ -84,13 +86,16 @@ urm::MatrixView view(const Matrix& m) {
           std::get<4>(m),           std::get<5>(m)};
 }
 
+urm::MatrixView view(const std::optional<Matrix>& m) { return m ? view(*m) : urm::MatrixView{}; }
+
 using Queries = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;  // address, exists, users, queries, r
 
 urm::QueriesView view(const Queries& q) {
   return {at<float>(std::get<0>(q)), at<uint8_t>(std::get<1>(q)), std::get<2>(q), std::get<3>(q), std::get<4>(q)};
 }
 
-using Overlay = std::tuple<uintptr_t, int64_t, Matrix, Matrix, Matrix>;  // rows, count, items, bias, row scale
+// rows, count, items, bias, row scale
+using Overlay = std::tuple<uintptr_t, int64_t, Matrix, std::optional<Matrix>, std::optional<Matrix>>;
 
 urm::Overlay view(const Overlay& o) {
   urm::Overlay overlay;
@@ -103,34 +108,35 @@ urm::Overlay view(const Overlay& o) {
 }
 
 // items, bias, row scale, overlay, bits of the rows that have not been removed
-using Table = std::tuple<Matrix, Matrix, Matrix, Overlay, uintptr_t>;
+using Table = std::tuple<Matrix, std::optional<Matrix>, std::optional<Matrix>, std::optional<Overlay>, uintptr_t>;
 
-template <class Request>
-void set_table(const Table& table, Request& request) {
+void set_request(const Queries& queries, const Table& table, int reduce, int torch_threads, urm::Request& request) {
+  request.queries = view(queries);
   request.items = view(std::get<0>(table));
   request.bias = view(std::get<1>(table));
   request.row_scale = view(std::get<2>(table));
-  request.overlay = view(std::get<3>(table));
+  if (const auto& overlay = std::get<3>(table)) request.overlay = view(*overlay);
+  request.reduce = static_cast<urm::Reduce>(reduce);
+  request.threads = chosen_threads(torch_threads);
+  request.kernels = &chosen_kernels();
 }
 
-// kind, mask, its strides of users and rows, exclusions, their number
-using FilterSpec = std::tuple<int, uintptr_t, int64_t, int64_t, uintptr_t, int64_t>;
+// Kind, mask, its strides of users and rows, exclusions, their number; none where every row is allowed.
+using FilterSpec = std::optional<std::tuple<int, uintptr_t, int64_t, int64_t, uintptr_t, int64_t>>;
 
 void set_scan(const Queries& queries, const Table& table, int reduce, const FilterSpec& filter, int torch_threads,
               urm::ScanRequest& request) {
-  request.queries = view(queries);
-  set_table(table, request);
-  request.reduce = static_cast<urm::Reduce>(reduce);
-  request.filter.kind = static_cast<urm::MaskKind>(std::get<0>(filter));
-  request.filter.mask = at<uint8_t>(std::get<1>(filter));
-  request.filter.mask_user_stride = std::get<2>(filter);
-  request.filter.mask_row_stride = std::get<3>(filter);
-  request.filter.exclude = at<int64_t>(std::get<4>(filter));
-  request.filter.exclude_count = std::get<5>(filter);
+  set_request(queries, table, reduce, torch_threads, request);
+  if (filter) {
+    request.filter.kind = static_cast<urm::MaskKind>(std::get<0>(*filter));
+    request.filter.mask = at<uint8_t>(std::get<1>(*filter));
+    request.filter.mask_user_stride = std::get<2>(*filter);
+    request.filter.mask_row_stride = std::get<3>(*filter);
+    request.filter.exclude = at<int64_t>(std::get<4>(*filter));
+    request.filter.exclude_count = std::get<5>(*filter);
+  }
   request.filter.alive = at<uint8_t>(std::get<4>(table));
-  request.threads = chosen_threads(torch_threads);
   request.all_threads = wanted_threads() != nullptr;
-  request.kernels = &chosen_kernels();
   request.scan = chosen_scan(*request.kernels);
 }
 
@@ -198,15 +204,11 @@ double log_partition_backward(const Queries& queries, const Table& table, int re
 void score_candidates(const Queries& queries, const Table& table, int reduce, uintptr_t candidates, int64_t count,
                       bool shared, bool reduced, int torch_threads, uintptr_t out) {
   urm::CandidatesRequest request;
-  request.queries = view(queries);
-  set_table(table, request);
+  set_request(queries, table, reduce, torch_threads, request);
   request.alive = at<uint8_t>(std::get<4>(table));
-  request.reduce = static_cast<urm::Reduce>(reduce);
   request.candidates = at<int64_t>(candidates);
   request.count = count;
   request.shared = shared;
-  request.threads = chosen_threads(torch_threads);
-  request.kernels = &chosen_kernels();
   const py::gil_scoped_release released;
   if (reduced) urm::score_candidates(request, at<float>(out));
   else urm::candidate_dots(request, at<float>(out));

@@ -3,26 +3,15 @@
 
 #include <cstdint>
 
-#include "kernels.h"
-#include "overlay.h"
-#include "queries.h"
-#include "views.h"
+#include "request.h"
 
 namespace urm {
 
-struct CandidatesRequest {
-  QueriesView queries;
-  MatrixView items;
-  MatrixView bias;       // [1, items] or data == nullptr
-  MatrixView row_scale;  // likewise: a factor of the row's dots
-  Overlay overlay;
+struct CandidatesRequest : Request {
   const uint8_t* alive = nullptr;  // bits of rows that have not been removed; null: all
-  Reduce reduce = Reduce::kMax;
   const int64_t* candidates = nullptr;  // [users, count], or [count] where shared; -1: none
   int64_t count = 0;
   bool shared = false;
-  int threads = 1;
-  const Kernels* kernels = nullptr;
 };
 
 // out[user, c] = score of row candidates[user, c], NaN where a dot or the bias is; -inf for -1, removed rows and users

@@ -5,10 +5,7 @@
 #include <functional>
 
 #include "filter.h"
-#include "kernels.h"
-#include "overlay.h"
-#include "queries.h"
-#include "views.h"
+#include "request.h"
 
 namespace urm {
 
@@ -20,18 +17,10 @@ enum class ScanMode {
 };
 
 // What every scan is asked.
-struct ScanRequest {
-  QueriesView queries;
-  MatrixView items;
-  MatrixView bias;       // [1, items] or data == nullptr
-  MatrixView row_scale;  // likewise: a factor of the row's dots
-  Overlay overlay;
-  Reduce reduce = Reduce::kMax;
+struct ScanRequest : Request {
   Filter filter;
-  int threads = 1;
   ScanMode scan = ScanMode::kAuto;
   bool all_threads = false;  // even where the work does not pay for waking them
-  const Kernels* kernels = nullptr;
   std::function<bool()> interrupted;  // asked now and then on the calling thread
 };
 

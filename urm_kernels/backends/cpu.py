@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table_view import TableView
+from .table_view import ScanOptions, TableView
 
 ROW_SCALE = True  # whether rows may have a scale
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}
 _REDUCE = {"max": 0, "sum": 1, "mean": 2, "logsumexp": 3}
-_NO_MATRIX = (0, 0, 0, 0, 0, 0)
-_NO_OVERLAY = (0, 0, _NO_MATRIX, _NO_MATRIX, _NO_MATRIX)
 
 _extension: ModuleType | None = None
 _missing: str | None = None
@@ -61,35 +59,20 @@ def threads() -> int:
 
 
 def score_topk(
-    queries: Tensor,
-    table: TableView,
-    k: int,
-    query_mask: Tensor | None,
-    reduce: str,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    sorted: bool,
+    queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool
 ) -> tuple[Tensor, Tensor]:
     """See urm_kernels.score_topk; queries are float32 [B, M, r]."""
     users = queries.shape[0]
     scores, ids = torch.empty((users, k)), torch.empty((users, k), dtype=torch.int64)
-    arguments, _held = _scan(queries, table, query_mask, reduce, mask, exclude)
+    arguments, _held = _scan(queries, table, options)
     extension().score_topk(*arguments, k, sorted, torch.get_num_threads(), scores.data_ptr(), ids.data_ptr())
     return scores, ids
 
 
-def log_partition(
-    queries: Tensor,
-    table: TableView,
-    query_mask: Tensor | None,
-    reduce: str,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    temperature: Tensor,
-) -> Tensor:
+def log_partition(queries: Tensor, table: TableView, options: ScanOptions, temperature: Tensor) -> Tensor:
     """See urm_kernels.log_partition; queries are float32 [B, M, r], temperature a float32 scalar."""
     out = torch.empty(queries.shape[0])
-    arguments, _held = _scan(queries, table, query_mask, reduce, mask, exclude)
+    arguments, _held = _scan(queries, table, options)
     extension().log_partition(*arguments, temperature.item(), torch.get_num_threads(), out.data_ptr())
     return out
 
@@ -99,10 +82,7 @@ def log_partition_backward(
     logarithms: Tensor,
     queries: Tensor,
     table: TableView,
-    query_mask: Tensor | None,
-    reduce: str,
-    mask: Tensor | None,
-    exclude: Tensor | None,
+    options: ScanOptions,
     temperature: Tensor,
     needs_items: bool,
     needs_bias: bool,
@@ -112,7 +92,7 @@ def log_partition_backward(
     grad_queries = torch.empty(queries.shape)
     rows, r = table.items.shape
     grad_items, grad_bias = torch.empty((rows, r) if needs_items else (0,)), torch.empty(rows if needs_bias else 0)
-    arguments, _held = _scan(queries, table, query_mask, reduce, mask, exclude)
+    arguments, _held = _scan(queries, table, options)
     grad_temperature = extension().log_partition_backward(
         *arguments,
         temperature.item(),
@@ -177,15 +157,9 @@ def write_rows(target: Tensor, rows: Tensor, values: Tensor) -> None:
     )
 
 
-def _scan(
-    queries: Tensor,
-    table: TableView,
-    query_mask: Tensor | None,
-    reduce: str,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _scan(queries: Tensor, table: TableView, options: ScanOptions) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """(the extension's first arguments, tensors that must live as long as these addresses)."""
+    query_mask, reduce, mask, exclude = options
     queries = queries.contiguous()
     query_mask = None if query_mask is None else query_mask.contiguous()
     if mask is not None and mask.dtype == torch.uint8 and mask.stride(-1) != 1:
@@ -198,7 +172,7 @@ def _scan(
 
 def _table(table: TableView) -> tuple[Any, ...]:
     items, bias, row_scale, alive, overlay = table
-    newer = _NO_OVERLAY
+    newer = None
     if overlay is not None:
         rows = overlay.rows
         newer = (
@@ -211,9 +185,9 @@ def _table(table: TableView) -> tuple[Any, ...]:
     return _matrix(items), _vector(bias), _vector(row_scale), newer, 0 if alive is None else alive.data_ptr()
 
 
-def _vector(vector: Tensor | None) -> tuple[int, int, int, int, int, int]:
+def _vector(vector: Tensor | None) -> tuple[int, int, int, int, int, int] | None:
     if vector is None:
-        return _NO_MATRIX
+        return None
     return (vector.data_ptr(), _DTYPES[vector.dtype], 1, vector.shape[0], 0, vector.stride(0))
 
 
@@ -225,7 +199,9 @@ def _matrix(matrix: Tensor) -> tuple[int, int, int, int, int, int]:
     return (matrix.data_ptr(), _DTYPES[matrix.dtype], *matrix.shape, *matrix.stride())
 
 
-def _filter(mask: Tensor | None, exclude: Tensor | None) -> tuple[int, int, int, int, int, int]:
+def _filter(mask: Tensor | None, exclude: Tensor | None) -> tuple[int, int, int, int, int, int] | None:
+    if mask is None and exclude is None:
+        return None
     kind = address = user_stride = row_stride = 0
     if mask is not None:
         kind = 1 if mask.dtype == torch.bool else 2

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..float_mode import default_float_mode
-from .table_view import TableView, gather_rows, rows_of_bits
+from .table_view import ScanOptions, TableView, gather_rows, rows_of_bits
 
 ROW_SCALE = True  # whether rows may have a scale
 LANES = 16
@@ -155,15 +155,9 @@ class _Chunk(NamedTuple):
     allowed: Tensor  # bool [B, n]: may be returned, and are not NaN
 
 
-def _scored(
-    queries: Tensor,
-    table: TableView,
-    query_mask: Tensor | None,
-    reduce: str,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-) -> Iterator[_Chunk]:
+def _scored(queries: Tensor, table: TableView, options: ScanOptions) -> Iterator[_Chunk]:
     """The scores of all rows, some rows at a time, ascending."""
+    query_mask, reduce, mask, exclude = options
     users = queries.shape[0]
     dtype = _compute_dtype(queries, table.items)
     queries = queries.to(dtype)
@@ -187,40 +181,25 @@ def _scored(
 
 
 def score_topk(
-    queries: Tensor,
-    table: TableView,
-    k: int,
-    query_mask: Tensor | None,
-    reduce: str,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    sorted: bool,
+    queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool
 ) -> tuple[Tensor, Tensor]:
     """See urm_kernels.score_topk; chunks of rows are scored and merged into the best k so far."""
     with default_float_mode(queries.device):
         shape, device = (queries.shape[0], k), queries.device
         best_scores = torch.full(shape, -torch.inf, dtype=_compute_dtype(queries, table.items), device=device)
         best_ids = torch.full(shape, -1, dtype=torch.int64, device=device)
-        for chunk in _scored(queries, table.settled(), query_mask, reduce, mask, exclude):
+        for chunk in _scored(queries, table.settled(), options):
             best_scores, best_ids = _merge(best_scores, best_ids, chunk.scores, chunk.rows.where(chunk.allowed, -1), k)
         return best_scores, best_ids
 
 
-def log_partition(
-    queries: Tensor,
-    table: TableView,
-    query_mask: Tensor | None,
-    reduce: str,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    temperature: Tensor,
-) -> Tensor:
+def log_partition(queries: Tensor, table: TableView, options: ScanOptions, temperature: Tensor) -> Tensor:
     """See urm_kernels.log_partition; temperature is a scalar of the dtype of computation."""
     with default_float_mode(queries.device):
         dtype = _compute_dtype(queries, table.items)
         make = _Float64Sum if dtype == torch.float64 else _ExponentialSum
         total = make(queries.shape[0], table.items.shape[0], queries.device)
-        for chunk in _scored(queries, table.settled(), query_mask, reduce, mask, exclude):
+        for chunk in _scored(queries, table.settled(), options):
             scores = chunk.scores / temperature
             total.add(scores.masked_fill(~chunk.allowed, -torch.inf))
         return total.log()

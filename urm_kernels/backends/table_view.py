@@ -1,4 +1,4 @@
-"""What a backend is given to read: a table's tensors, and rows that are newer than these."""
+"""What a backend is given: a table's tensors with the rows that are newer than these, and a scan's options."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class TableView(NamedTuple):
     overlay: Overlay | None = None
 
     def dtypes(self) -> tuple[torch.dtype, ...]:
+        if self.bias is None and self.row_scale is None:
+            return (self.items.dtype,)
         return tuple(t.dtype for t in (self.items, self.bias, self.row_scale) if t is not None)
 
     def settled(self) -> TableView:
@@ -52,6 +54,15 @@ class TableView(NamedTuple):
         items, bias, row_scale = (replaced(whole, part) for whole, part in zip(self[:3], self.overlay[1:], strict=True))
         assert items is not None
         return TableView(items, bias, row_scale, self.alive)
+
+
+class ScanOptions(NamedTuple):
+    """How a user's dots become a score, and which rows count; arguments of urm_kernels.score_topk, checked."""
+
+    query_mask: Tensor | None = None
+    reduce: str = "max"
+    mask: Tensor | None = None
+    exclude: Tensor | None = None
 
 
 def gather_rows(source: Tensor, rows: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends import select
 from ..backends.table_view import rows_of_bits
 from . import library
 from .topk import scored_rows_backward
@@ -29,12 +30,14 @@ def _score_candidates(
     backend: str,
 ) -> Tensor:
     library.check_rows("candidates", candidates, items.shape[0])
-    with (
-        library.reading(items, bias, row_scale, alive, log) as table,
-        library.memory_in_words(f"score_candidates: no memory for {queries.shape[0]} x {candidates.shape[-1]} scores"),
-    ):
-        chosen = library.choose("score_candidates", queries, table, backend)
-        return chosen.score_candidates(queries, table, candidates, query_mask, reduce)
+    with library.reading(items, bias, row_scale, alive, log) as table:
+        chosen = select.choose("score_candidates", queries, table, backend)
+        try:
+            return chosen.score_candidates(queries, table, candidates, query_mask, reduce)
+        except RuntimeError as error:
+            scores = f"{queries.shape[0]} x {candidates.shape[-1]} scores"
+            library.memory_in_words(error, f"score_candidates: no memory for {scores}")
+            raise
 
 
 def _score_candidates_fake(queries, items, bias, row_scale, alive, log, candidates, *_options):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import updates
-from ..backends import select
 from ..backends.table_view import TableView
 
 _library = torch.library.Library("urm_kernels", "DEF")
@@ -41,7 +39,11 @@ def no_second_derivative(ctx: Any, *_grads: Any) -> Any:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 class unchanged:
@@ -65,34 +67,29 @@ class unchanged:
             raise RuntimeError("items: the table was updated during a call that needs its gradient; call again")
 
 
-@contextmanager
-def reading(
-    items: Tensor, bias: Tensor | None, row_scale: Tensor | None, alive: Tensor | None, log: int
-) -> Iterator[TableView]:
-    """The table as one version of it, whatever others update meanwhile."""
-    found = updates.find(log) if log else None
-    if found is None:
-        yield TableView(items, bias, row_scale, alive)
-        return
-    version, overlay = found.pin()
-    try:
-        yield TableView(items, bias, row_scale, alive, overlay)
-    finally:
-        found.unpin(version)
+class reading:
+    """Around what reads a table: gives it as one version, whatever others update meanwhile."""
+
+    def __init__(
+        self, items: Tensor, bias: Tensor | None, row_scale: Tensor | None, alive: Tensor | None, log: int
+    ) -> None:
+        self._table = TableView(items, bias, row_scale, alive)
+        self._log = updates.find(log) if log else None
+
+    def __enter__(self) -> TableView:
+        if self._log is None:
+            return self._table
+        self._version, overlay = self._log.pin()
+        return self._table._replace(overlay=overlay)
+
+    def __exit__(self, *_failed: Any) -> None:
+        if self._log is not None:
+            self._log.unpin(self._version)
 
 
-def choose(function: str, queries: Tensor, table: TableView, requested: str) -> Any:
-    return select.choose(function, queries, table, requested)
-
-
-@contextmanager
-def memory_in_words(what: str) -> Iterator[None]:
-    """torch's RuntimeError for memory that the CPU does not have, as MemoryError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(words in str(error) for words in _NO_MEMORY):
-            raise
+def memory_in_words(error: RuntimeError, what: str) -> None:
+    """Raises MemoryError where torch's RuntimeError says that the CPU has no memory; returns where it says else."""
+    if any(words in str(error) for words in _NO_MEMORY):
         raise MemoryError(f"{what}: {error}") from error
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import checks, gradients
-from ..backends.table_view import TableView
+from ..backends import select
+from ..backends.table_view import ScanOptions, TableView
 from ..float_mode import default_float_mode
 from . import library
 
@@ -35,12 +36,13 @@ def _log_partition(
     library.check_rows("exclude", exclude, items.shape[0])
     if temperature.device.type == "cpu":
         checks.positive_normal("temperature", temperature.item(), temperature.dtype)
-    with (
-        library.reading(items, bias, row_scale, alive, log) as table,
-        library.memory_in_words(f"log_partition: no memory for {queries.shape[0]} users"),
-    ):
-        chosen = library.choose("log_partition", queries, table, backend)
-        return chosen.log_partition(queries, table, query_mask, reduce, mask, exclude, temperature)
+    with library.reading(items, bias, row_scale, alive, log) as table:
+        chosen = select.choose("log_partition", queries, table, backend)
+        try:
+            return chosen.log_partition(queries, table, ScanOptions(query_mask, reduce, mask, exclude), temperature)
+        except RuntimeError as error:
+            library.memory_in_words(error, f"log_partition: no memory for {queries.shape[0]} users")
+            raise
 
 
 def _log_partition_fake(queries, items, *_options):
@@ -65,12 +67,12 @@ def _log_partition_backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     table = TableView(items, bias, row_scale, alive)
-    options = (queries, table, query_mask, reduce, mask, exclude, temperature)
-    chosen = library.choose("log_partition", queries, table, backend)
+    scan = (queries, table, ScanOptions(query_mask, reduce, mask, exclude), temperature)
+    chosen = select.choose("log_partition", queries, table, backend)
     if hasattr(chosen, "log_partition_backward"):
-        return chosen.log_partition_backward(grad, logarithms, *options, needs_items, needs_bias)
+        return chosen.log_partition_backward(grad, logarithms, *scan, needs_items, needs_bias)
     with default_float_mode(queries.device):
-        return gradients.partition_gradients(grad, logarithms, *options, chosen, needs_items, needs_bias)
+        return gradients.partition_gradients(grad, logarithms, *scan, chosen, needs_items, needs_bias)
 
 
 def _log_partition_backward_fake(grad, logarithms, queries, items, *rest):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import gradients
-from ..backends.table_view import TableView
+from ..backends import select
+from ..backends.table_view import ScanOptions, TableView
 from ..float_mode import default_float_mode
 from . import library
 
@@ -39,12 +40,13 @@ def _score_topk(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     library.check_rows("exclude", exclude, items.shape[0])
-    with (
-        library.reading(items, bias, row_scale, alive, log) as table,
-        library.memory_in_words(f"score_topk: no memory for {queries.shape[0]} users with k = {k}"),
-    ):
-        chosen = library.choose("score_topk", queries, table, backend)
-        return chosen.score_topk(queries, table, k, query_mask, reduce, mask, exclude, sorted)
+    with library.reading(items, bias, row_scale, alive, log) as table:
+        chosen = select.choose("score_topk", queries, table, backend)
+        try:
+            return chosen.score_topk(queries, table, ScanOptions(query_mask, reduce, mask, exclude), k, sorted)
+        except RuntimeError as error:
+            library.memory_in_words(error, f"score_topk: no memory for {queries.shape[0]} users with k = {k}")
+            raise
 
 
 def _score_topk_fake(queries, items, bias, row_scale, alive, log, k, *_options):
@@ -65,7 +67,7 @@ def _backward_of_rows(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     table = TableView(items, None, row_scale)
-    chosen = library.choose("candidate_dots", queries, table, backend)
+    chosen = select.choose("candidate_dots", queries, table, backend)
     with default_float_mode(queries.device):
         return gradients.row_gradients(grad_scores, ids, queries, table, query_mask, reduce, rows, chosen)
 

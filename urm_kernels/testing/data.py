@@ -171,8 +171,8 @@ def _embeddings(kind: str) -> Tensor:
     path = os.environ.get(variable)
     if not path:
         raise ValueError(
-            f"kind {kind!r} needs the token embeddings of the package {_PACKAGES[kind]}; write them to a .safetensors "
-            f"or .npy file and name it in the environment variable {variable}"
+            f"kind {kind!r} needs the token embeddings of the package {_PACKAGES[kind]} in a .safetensors or .npy file "
+            f"named by the environment variable {variable}; python -m urm_kernels.testing.vocabularies writes it"
         )
     if path.endswith(".npy"):
         import numpy

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..table_view import TableView, without_removed
+from ..table_view import ScanOptions, TableView, without_removed
 
 ROW_SCALE = False  # whether rows may have a scale
 
@@ -79,22 +79,13 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
 
 
 def score_topk(
-    queries: Tensor,
-    table: TableView,
-    k: int,
-    query_mask: Tensor | None,
-    reduce: str,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    sorted: bool,
+    queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool
 ) -> tuple[Tensor, Tensor]:
     """See urm_kernels.score_topk; queries are float32 [B, M, r]."""
     items, bias, _, alive, _ = table.settled()
-    mask = without_removed(mask, alive, items.shape[0])
+    options = options._replace(mask=without_removed(options.mask, alive, items.shape[0]))
     with _on(items.device):
-        found = _kernels("search").search(
-            queries, items, k, query_mask, reduce, bias, mask, exclude, sorted, card(items.device)
-        )
+        found = _kernels("search").search(queries, items, bias, options, k, sorted, card(items.device))
     return found.scores, found.ids
 
 

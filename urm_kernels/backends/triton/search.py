@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..table_view import ScanOptions
 from . import queries as query_kernels
 from . import radix, rescore
 from .plan import GROUP, Card, Plan, Tile, choose_tile, make_plan, padded, relative_error
@@ -59,18 +60,10 @@ class Call(NamedTuple):
 
 
 def search(
-    queries: Tensor,
-    items: Tensor,
-    k: int,
-    query_mask: Tensor | None,
-    reduce: str,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    sorted: bool,
-    card: Card,
+    queries: Tensor, items: Tensor, bias: Tensor | None, options: ScanOptions, k: int, sorted: bool, card: Card
 ) -> Found:
     """See urm_kernels.score_topk."""
+    query_mask, reduce, mask, exclude = options
     users, rows = queries.shape[0], items.shape[0]
     scores = queries.new_empty((users, k), dtype=torch.float32)
     ids = queries.new_empty((users, k), dtype=torch.int64)
