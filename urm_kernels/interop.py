@@ -15,7 +15,7 @@ def as_tensor(name: str, value: Any) -> Any:
 
     Raises TypeError where the array cannot be shared, e.g. for a dtype that torch has not.
     """
-    if value is None or isinstance(value, Tensor) or not hasattr(value, "__dlpack__"):
+    if value is None or isinstance(value, (Tensor, float, int, str)) or not hasattr(value, "__dlpack__"):
         return value
     kind = f"{type(value).__module__}.{type(value).__name__}"
     try:

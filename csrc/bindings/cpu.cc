@@ -86,7 +86,9 @@ urm::MatrixView view(const Matrix& m) {
           std::get<4>(m),           std::get<5>(m)};
 }
 
-urm::MatrixView view(const std::optional<Matrix>& m) { return m ? view(*m) : urm::MatrixView{}; }
+urm::MatrixView view(const std::optional<Matrix>& m) {
+  return m ? view(*m) : urm::MatrixView{};
+}
 
 using Queries = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;  // address, exists, users, queries, r
 

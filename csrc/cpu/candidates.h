@@ -8,7 +8,7 @@
 namespace urm {
 
 struct CandidatesRequest : Request {
-  const uint8_t* alive = nullptr;  // bits of rows that have not been removed; null: all
+  const uint8_t* alive = nullptr;       // bits of rows that have not been removed; null: all
   const int64_t* candidates = nullptr;  // [users, count], or [count] where shared; -1: none
   int64_t count = 0;
   bool shared = false;

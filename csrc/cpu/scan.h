@@ -20,7 +20,7 @@ enum class ScanMode {
 struct ScanRequest : Request {
   Filter filter;
   ScanMode scan = ScanMode::kAuto;
-  bool all_threads = false;  // even where the work does not pay for waking them
+  bool all_threads = false;           // even where the work does not pay for waking them
   std::function<bool()> interrupted;  // asked now and then on the calling thread
 };
 

@@ -58,9 +58,7 @@ def threads() -> int:
     return extension().threads(torch.get_num_threads())
 
 
-def score_topk(
-    queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool
-) -> tuple[Tensor, Tensor]:
+def score_topk(queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
     """See urm_kernels.score_topk; queries are float32 [B, M, r]."""
     users = queries.shape[0]
     scores, ids = torch.empty((users, k)), torch.empty((users, k), dtype=torch.int64)

@@ -180,9 +180,7 @@ def _scored(queries: Tensor, table: TableView, options: ScanOptions) -> Iterator
         yield _Chunk(rows, scores, allowed & exists.any(1, keepdim=True) & ~torch.isnan(scores))
 
 
-def score_topk(
-    queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool
-) -> tuple[Tensor, Tensor]:
+def score_topk(queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
     """See urm_kernels.score_topk; chunks of rows are scored and merged into the best k so far."""
     with default_float_mode(queries.device):
         shape, device = (queries.shape[0], k), queries.device

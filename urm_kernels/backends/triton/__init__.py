@@ -78,9 +78,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def score_topk(
-    queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool
-) -> tuple[Tensor, Tensor]:
+def score_topk(queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
     """See urm_kernels.score_topk; queries are float32 [B, M, r]."""
     items, bias, _, alive, _ = table.settled()
     options = options._replace(mask=without_removed(options.mask, alive, items.shape[0]))
