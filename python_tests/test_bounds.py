@@ -33,7 +33,7 @@ def bounds_of(queries, items):
     """float32 [Q, N], the bounds that a scan goes by, for queries [Q, r]; None where it scores every row exactly."""
     queries = queries[None].contiguous()
     out = torch.full((queries.shape[1], len(items)), NAN)
-    there = cpu.extension().upper_bounds(cpu._queries(queries, None), cpu._matrix(items), out.data_ptr())
+    there = cpu.extension().upper_bounds(cpu._queries(queries, None), cpu.matrix(items), out.data_ptr())
     return out if there else None
 
 

@@ -1,5 +1,6 @@
 """Several threads at once, fork, Ctrl-C."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -151,6 +152,7 @@ def test_fork_while_another_thread_is_scanning():
 
 
 LONG = """
+import os
 import signal
 import torch
 from urm_kernels import score_topk
@@ -190,6 +192,35 @@ def test_ctrl_c_ends_a_long_scan_and_the_process_can_call_again(monkeypatch, use
         watchdog.cancel()
         process.kill()
         process.stdout.close()
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two processors"
+)
+def test_helpers_keep_to_the_processors_that_they_are_allowed():
+    """They leave their caller's processor, though not for one that the user takes away while they sleep."""
+    out = run_python(
+        """
+        import os, time, torch
+        from urm_kernels import score_topk
+        items, queries = torch.randn(40_000, 64), torch.randn(2, 8, 64)
+        def call():
+            time.sleep(0.001)  # helpers have stopped spinning and are woken
+            return score_topk(queries, items, 10, backend="cpu").ids
+        tasks = lambda: [int(task) for task in os.listdir("/proc/self/task")]
+        wanted, allowed = call(), os.sched_getaffinity(0)
+        for _ in range(50):
+            call()
+        assert all(os.sched_getaffinity(task) and os.sched_getaffinity(task) <= allowed for task in tasks())
+        one = {min(allowed)}
+        for task in tasks():
+            os.sched_setaffinity(task, one)
+        same = all(torch.equal(call(), wanted) for _ in range(50))
+        print(same, all(os.sched_getaffinity(task) == one for task in tasks()))
+        """,
+        URM_NUM_THREADS="3",
+    )
+    assert out == "True True\n"
 
 
 def test_the_interpreter_exits_while_a_daemon_thread_scans():

@@ -213,6 +213,10 @@ def test_backends_are_forced_and_restored(monkeypatch):
 def test_ceilings_and_memory():
     if ("cpu", "portable") in testing.available_backends():
         assert 1e8 < testing.read_bandwidth(1, rounds=1) < 1e13
+        items, rows = torch.ones(5000, 40)[:, :33], torch.randint(5000, (4000,))
+        assert 1e7 < testing.gather_bandwidth(items, rows, 1, rounds=1) < 1e13
+        with pytest.raises(ValueError, match="5000 came"):
+            testing.gather_bandwidth(items, torch.tensor([5000]))
         assert 1e8 < testing.fma_rate(1, rounds=1, seconds=0.002) < 1e13
     with testing.peak_extra_memory() as peak:
         torch.ones(8 << 20)

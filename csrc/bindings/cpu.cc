@@ -250,6 +250,13 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "Bytes a second of one read of `count` floats at an address.");
   m.def(
+      "gather_bandwidth",
+      [](const Matrix& items, uintptr_t rows, int64_t count, int threads) {
+        const py::gil_scoped_release released;
+        return urm::gather_bandwidth(view(items), at<int64_t>(rows), count, threads);
+      },
+      "Bytes a second of one read of rows that exist, whose elements follow each other.");
+  m.def(
       "fma_rate",
       [](int64_t steps, int threads) {
         const urm::Kernels& kernels = chosen_kernels();

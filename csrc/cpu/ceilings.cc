@@ -34,6 +34,28 @@ double read_bandwidth(const float* data, int64_t count, int threads, const Kerne
   return static_cast<double>(count) * sizeof(float) / elapsed;
 }
 
+double gather_bandwidth(const MatrixView& items, const int64_t* rows, int64_t count, int threads) {
+  constexpr int64_t kPiece = 64, kAhead = 32;  // rows
+  const int64_t bytes = items.columns * element_bytes(items.dtype);
+  std::atomic<int64_t> next{0};
+  const double elapsed = seconds([&] {
+    run_parallel(threads, [&](int) {
+      float total = 0;
+      for (int64_t begin; (begin = next.fetch_add(kPiece)) < count;)
+        for (int64_t i = begin; i < std::min(count, begin + kPiece); ++i) {
+          if (i + kAhead < count) {
+            const char* ahead = row_address(items, rows[i + kAhead]);
+            for (int64_t byte = 0; byte < bytes; byte += kCacheLine) __builtin_prefetch(ahead + byte);
+          }
+          const char* row = row_address(items, rows[i]);
+          for (int64_t byte = 0; byte < bytes; byte += kCacheLine) total += row[byte];
+        }
+      sink.store(total);
+    });
+  });
+  return static_cast<double>(count * bytes) / elapsed;
+}
+
 double fma_rate(int64_t steps, int threads, const Kernels& kernels) {
   constexpr int64_t kPiece = 4096;
   std::atomic<int64_t> next{0};

@@ -15,6 +15,11 @@
 #if defined(URM_X86)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace urm {
 namespace {
@@ -29,17 +34,39 @@ void relax() {
 #endif
 }
 
+// Where a caller runs. Linux likes to wake a thread on the processor of the one that wakes it, in whose place it then
+// runs: of two threads one would wait for the other.
+struct Place {
+#if defined(__linux__)
+  int processor = sched_getcpu();
+  pid_t thread = static_cast<pid_t>(syscall(SYS_gettid));
+
+  // Moves this thread to where the caller may run, too, but does not; it stays excluded from there until it meets a
+  // caller elsewhere, so that the next waking need not migrate again.
+  void leave() const {
+    if (processor < 0 || sched_getcpu() != processor) return;
+    cpu_set_t others;
+    if (sched_getaffinity(thread, sizeof(others), &others) != 0) return;
+    CPU_CLR(processor, &others);
+    if (CPU_COUNT(&others)) sched_setaffinity(0, sizeof(others), &others);
+  }
+#else
+  void leave() const {}
+#endif
+};
+
 struct Region {
   const std::function<void(int)>* body;
   int next_slot;  // guarded by the pool's mutex, as every change here
   int slots;
+  Place caller;
   std::atomic<int> running{0};
 };
 
 class Pool {
  public:
   void run(int threads, const std::function<void(int)>& body) {
-    Region region{&body, 1, threads, {0}};
+    Region region{&body, 1, threads, Place(), {0}};
     {
       std::lock_guard<std::mutex> lock(mutex_);
       grow(threads - 1);
@@ -86,7 +113,9 @@ class Pool {
       const int slot = region->next_slot++;
       if (region->next_slot >= region->slots) close(region);
       ++region->running;
+      const Place caller = region->caller;
       lock.unlock();
+      caller.leave();
       (*region->body)(slot);
       lock.lock();
       if (--region->running == 0) done_.notify_all();

@@ -176,11 +176,11 @@ def _table(table: TableView) -> tuple[Any, ...]:
         newer = (
             rows.data_ptr(),
             len(rows),
-            _matrix(overlay.items),
+            matrix(overlay.items),
             _vector(overlay.bias),
             _vector(overlay.row_scale),
         )
-    return _matrix(items), _vector(bias), _vector(row_scale), newer, 0 if alive is None else alive.data_ptr()
+    return matrix(items), _vector(bias), _vector(row_scale), newer, 0 if alive is None else alive.data_ptr()
 
 
 def _vector(vector: Tensor | None) -> tuple[int, int, int, int, int, int] | None:
@@ -193,8 +193,9 @@ def _queries(queries: Tensor, query_mask: Tensor | None) -> tuple[int, int, int,
     return (queries.data_ptr(), 0 if query_mask is None else query_mask.data_ptr(), *queries.shape)
 
 
-def _matrix(matrix: Tensor) -> tuple[int, int, int, int, int, int]:
-    return (matrix.data_ptr(), _DTYPES[matrix.dtype], *matrix.shape, *matrix.stride())
+def matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
+    """[rows, columns] as the extension takes it."""
+    return (tensor.data_ptr(), _DTYPES[tensor.dtype], *tensor.shape, *tensor.stride())
 
 
 def _filter(mask: Tensor | None, exclude: Tensor | None) -> tuple[int, int, int, int, int, int] | None:

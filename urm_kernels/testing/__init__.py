@@ -1,9 +1,9 @@
 """What tests, benchmarks and users share: data of known kinds, float64 oracles, comparisons, ceilings.
 
-Needs nothing beyond the package itself; read_bandwidth and fma_rate need the C++ extension.
+Needs nothing beyond the package itself; read_bandwidth, gather_bandwidth and fma_rate need the C++ extension.
 """
 
-from .ceilings import PeakMemory, fma_rate, peak_extra_memory, read_bandwidth
+from .ceilings import PeakMemory, fma_rate, gather_bandwidth, peak_extra_memory, read_bandwidth
 from .compare import (
     ThreeWayError,
     allowed_rows,
@@ -28,6 +28,7 @@ __all__ = [
     "fma_rate",
     "forced",
     "full_scores",
+    "gather_bandwidth",
     "make_items",
     "make_queries",
     "peak_extra_memory",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..backends import cpu
 
 
@@ -23,6 +24,19 @@ def read_bandwidth(threads: int | None = None, *, rounds: int = 5) -> float:
     threads = threads or cpu.threads()
     read = cpu.extension().read_bandwidth
     return statistics.median(read(buffer.data_ptr(), buffer.numel(), threads) for _ in range(rounds))
+
+
+def gather_bandwidth(items: Tensor, rows: Tensor, threads: int | None = None, *, rounds: int = 5) -> float:
+    """Bytes a second of one read of chosen rows, with nothing computed: median; items [N, r] with unit column stride.
+
+    rows: int64 [n], all of which exist. What the caches still hold of them counts as well.
+    """
+    if items.dim() != 2 or items.stride(1) != 1 or items.device.type != "cpu":
+        raise ValueError("items: a matrix on the CPU, whose rows' elements follow each other, is wanted")
+    checks.rows("rows", rows, len(items), items.device)
+    rows, threads = rows.contiguous(), threads or cpu.threads()
+    read = cpu.extension().gather_bandwidth
+    return statistics.median(read(cpu.matrix(items), rows.data_ptr(), len(rows), threads) for _ in range(rounds))
 
 
 def fma_rate(threads: int | None = None, *, rounds: int = 5, seconds: float = 0.02) -> float:
