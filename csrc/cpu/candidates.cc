@@ -53,9 +53,13 @@ class Visitor {
     }
     std::atomic<int64_t> next{0};
     run_parallel(threads, [&](int slot) {
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      // Tasks are taken ahead of time: what this thread fetches, it will also read.
+      const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+      int64_t taken[kTilesAhead];
+      for (int64_t& task : taken) task = take();
+      for (int64_t turn = 0, task; (task = taken[turn]) < tasks; turn = (turn + 1) % kTilesAhead) {
         const int64_t first_user = task / tiles * block, tile = task % tiles;
-        const int64_t ahead = task + kTilesAhead;
+        const int64_t ahead = taken[turn] = take();
         const Tile next = ahead < tasks ? tile_at(ahead / tiles * block, ahead % tiles) : Tile{nullptr, 0};
         visit(first_user, std::min(users, first_user + block), tile_at(first_user, tile), next, tile * kLanes,
               work[slot], use);

@@ -35,15 +35,16 @@ double read_bandwidth(const float* data, int64_t count, int threads, const Kerne
 }
 
 double gather_bandwidth(const MatrixView& items, const int64_t* rows, int64_t count, int threads) {
-  constexpr int64_t kPiece = 64, kAhead = 32;  // rows
+  constexpr int64_t kAhead = 32;  // rows
   const int64_t bytes = items.columns * element_bytes(items.dtype);
+  const int64_t piece = (count + threads - 1) / threads;  // a thread's: it fetches nothing that another one reads
   std::atomic<int64_t> next{0};
   const double elapsed = seconds([&] {
     run_parallel(threads, [&](int) {
       float total = 0;
-      for (int64_t begin; (begin = next.fetch_add(kPiece)) < count;)
-        for (int64_t i = begin; i < std::min(count, begin + kPiece); ++i) {
-          if (i + kAhead < count) {
+      for (int64_t begin; (begin = next.fetch_add(piece)) < count;)
+        for (int64_t i = begin, end = std::min(count, begin + piece); i < end; ++i) {
+          if (i + kAhead < end) {
             const char* ahead = row_address(items, rows[i + kAhead]);
             for (int64_t byte = 0; byte < bytes; byte += kCacheLine) __builtin_prefetch(ahead + byte);
           }
