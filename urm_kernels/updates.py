@@ -84,7 +84,7 @@ class UpdateLog:
         rows, order = rows.sort()
         with torch.no_grad(), self._changed:
             # Readers of the overlay find a row there as a whole.
-            whole = {n: gather_rows(values[n], order) if n in values else self.current(n, rows) for n in self.tensors}
+            whole = {n: _rows_of(values[n], order) if n in values else self.current(n, rows) for n in self.tensors}
             self._version += 1
             self._pending.append(_Update(self._version, rows, whole))
             self._overlay = self._merged()
@@ -93,7 +93,7 @@ class UpdateLog:
     def current(self, name: str, rows: Tensor) -> Tensor:
         """The newest values of rows of a tensor."""
         with torch.no_grad(), self._changed:
-            values = gather_rows(self.tensors[name], rows)
+            values = _rows_of(self.tensors[name], rows)
             for update in self._pending:
                 place = torch.searchsorted(update.rows, rows).clamp(max=len(update.rows) - 1)
                 same = update.rows[place] == rows
@@ -140,6 +140,9 @@ class UpdateLog:
         """All pending updates as one: the last value of every row that any of them has."""
         if not self._pending:
             return None
+        if len(self._pending) == 1:
+            _, rows, values = self._pending[0]
+            return Overlay(rows, values[self.items], values.get("bias"), values.get("row_scale"))
         rows, order = torch.cat([update.rows for update in self._pending]).sort(stable=True)
         last = torch.ones_like(rows, dtype=torch.bool)
         last[:-1] = rows[1:] != rows[:-1]
@@ -148,7 +151,7 @@ class UpdateLog:
         def joined(name: str) -> Tensor | None:
             if name not in self.tensors:
                 return None
-            return gather_rows(torch.cat([update.values[name] for update in self._pending]), order)
+            return _rows_of(torch.cat([update.values[name] for update in self._pending]), order)
 
         items = joined(self.items)
         assert items is not None
@@ -159,10 +162,15 @@ def find(key: int) -> UpdateLog | None:
     return _logs.get(key)
 
 
+def _rows_of(source: Tensor, rows: Tensor) -> Tensor:
+    """``source[rows]``."""
+    return cpu.read_rows(source, rows) if cpu.can_copy_rows(source) else gather_rows(source, rows)
+
+
 def write_rows(target: Tensor, rows: Tensor, values: Tensor) -> None:
     """``target[rows] = values``, for a leaf that requires gradients as well; autograd learns that it changed."""
     with torch.no_grad():
-        if cpu.can_write_rows(target):
+        if cpu.can_copy_rows(target):
             cpu.write_rows(target, rows, values)
             torch.autograd.graph.increment_version(target)
         else:

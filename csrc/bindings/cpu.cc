@@ -236,6 +236,13 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "Copies rows of bytes to their places in a table.");
   m.def(
+      "read_rows",
+      [](uintptr_t target, int64_t row_bytes, uintptr_t rows, int64_t count, uintptr_t source, int64_t stride_bytes) {
+        const py::gil_scoped_release released;
+        urm::read_rows(at<char>(target), row_bytes, at<int64_t>(rows), count, at<char>(source), stride_bytes);
+      },
+      "Copies rows of bytes from their places in a table.");
+  m.def(
       "upper_bounds",
       [](const Queries& queries, const Matrix& items, uintptr_t out) {
         return urm::upper_bounds(view(queries), view(items), chosen_kernels(), at<float>(out));

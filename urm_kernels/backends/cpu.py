@@ -138,11 +138,11 @@ def _candidates(
     return out
 
 
-def can_write_rows(target: Tensor) -> bool:
-    """Whether :func:`write_rows` takes it: elements of a row follow each other in the CPU's memory."""
-    if target.device.type != "cpu" or (target.dim() > 1 and target.stride(-1) != 1):
+def can_copy_rows(table: Tensor) -> bool:
+    """Whether :func:`write_rows` and :func:`read_rows` take it: a row's elements follow each other in the CPU's memory."""
+    if table.device.type != "cpu" or (table.dim() > 1 and table.stride(-1) != 1):
         return False
-    return why_not(target.device, ()) is None
+    return why_not(table.device, ()) is None
 
 
 def write_rows(target: Tensor, rows: Tensor, values: Tensor) -> None:
@@ -153,6 +153,17 @@ def write_rows(target: Tensor, rows: Tensor, values: Tensor) -> None:
     extension().write_rows(
         target.data_ptr(), target.stride(0) * size, width * size, rows.data_ptr(), len(rows), values.data_ptr()
     )
+
+
+def read_rows(source: Tensor, rows: Tensor) -> Tensor:
+    """``source[rows]``, on this thread alone: for some thousand rows, waking another one takes longer."""
+    rows, size = rows.contiguous(), source.element_size()
+    out = torch.empty((len(rows), *source.shape[1:]), dtype=source.dtype)
+    width = source.shape[1] if source.dim() == 2 else 1
+    extension().read_rows(
+        out.data_ptr(), width * size, rows.data_ptr(), len(rows), source.data_ptr(), source.stride(0) * size
+    )
+    return out
 
 
 def _scan(queries: Tensor, table: TableView, options: ScanOptions) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
