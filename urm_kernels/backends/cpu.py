@@ -139,7 +139,7 @@ def _candidates(
 
 
 def can_copy_rows(table: Tensor) -> bool:
-    """Whether :func:`write_rows` and :func:`read_rows` take it: a row's elements follow each other in the CPU's memory."""
+    """Whether :func:`write_rows` and :func:`read_rows` take it: on the CPU, the elements of a row side by side."""
     if table.device.type != "cpu" or (table.dim() > 1 and table.stride(-1) != 1):
         return False
     return why_not(table.device, ()) is None
