@@ -25,7 +25,7 @@ import urm_kernels
 from urm_kernels import ItemTable, testing
 from urm_kernels.bench import check, in_turns, timed, tolerance
 from urm_kernels.bench.peers import CHUNKS
-from urm_kernels.bench.turns import Call
+from urm_kernels.bench.turns import Call, Spread
 
 RESULTS = "tables_cpu.json"
 
@@ -226,11 +226,17 @@ def test_candidates(rows: int, benchmark: Any, record: Any) -> None:
         chosen = items.index_select(0, candidates.flatten()).view(8, count, -1)
         return torch.einsum("bmr,bcr->bmc", queries, chosen).amax(1)
 
+    read_alone: list[float] = []  # seconds of the threads alone: no Python, no op
+
+    def read(candidates: Tensor) -> None:
+        rate = testing.gather_bandwidth(items, candidates.flatten(), rounds=1)
+        read_alone.append(candidates.numel() * items[0].nbytes / rate)
+
     calls: dict[str, Callable[[Tensor], Any]] = {
         "ours": lambda candidates: urm_kernels.score_candidates(queries, items, candidates),
         "index_select, einsum, amax": plain,
         "index_select alone": lambda candidates: items.index_select(0, candidates.flatten()),
-        "rows read alone": lambda candidates: testing.gather_bandwidth(items, candidates.flatten(), rounds=1),
+        "rows read alone": read,
     }
     candidates = next(sets)
     exact = torch.einsum("bmr,bcr->bmc", queries.double(), items[candidates].double()).amax(1)
@@ -238,6 +244,7 @@ def test_candidates(rows: int, benchmark: Any, record: Any) -> None:
     for name in ("ours", "index_select, einsum, amax"):
         assert float((calls[name](candidates).double() - exact).abs().max()) <= 4 * slack, f"scores of {name} are wrong"
     spreads = in_turns({name: (lambda call=call: call(next(sets))) for name, call in calls.items()}, 31)
+    spreads["rows read alone"] = Spread.of(read_alone[1:])
     benchmark.pedantic(lambda: calls["ours"](next(sets)), rounds=5)
     ours = spreads.pop("ours")
     ratio, bar = spreads["index_select, einsum, amax"].median / ours.median, BARS["candidates, times faster"]

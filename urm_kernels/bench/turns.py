@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 Call = Callable[[], Any]
 
-PAUSE = 0.005  # seconds: the thread pools of the one before have stopped spinning by then
+PAUSE = 0.02  # seconds: the thread pools of the one before have stopped spinning by then; OpenMP spins for 5 to 15 ms
 _SLOW, _VERY_SLOW = 0.5, 1.5  # seconds a call: three rounds above the first, one above the second
 
 
