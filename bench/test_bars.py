@@ -184,14 +184,14 @@ def test_read_while_written(rows: int, benchmark: Any, record: Any) -> None:
     writing = 0.0
     call()
     for _ in range(6):
-        alone += [timed(call, apart=False)[0] for _ in range(15)]
+        alone += [timed(call)[0] for _ in range(15)]
         before = len(updates)
         with _writer(table, chosen, versions, updates):
             began = time.perf_counter()
             while len(updates) == before:  # the writer's thread has started
                 time.sleep(0.001)
             for _ in range(15):
-                seconds, result = timed(call, apart=False)
+                seconds, result = timed(call)
                 beside.append(seconds)
                 found.append(result)
             writing += time.perf_counter() - began

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Call = Callable[[], Any]
 
-PAUSE = 0.02  # seconds: the thread pools of the one before have stopped spinning by then; OpenMP spins for 5 to 15 ms
+PAUSE = 0.005  # seconds: the thread pools of the one before have stopped spinning by then
 _SLOW, _VERY_SLOW = 0.5, 1.5  # seconds a call: three rounds above the first, one above the second
 
 
@@ -29,37 +26,10 @@ class Spread(NamedTuple):
         return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
 
 
-def timed(call: Call, *, apart: bool = True) -> tuple[float, Any]:
-    """(seconds, result); apart: with this thread on a processor of its own."""
-    with _apart() if apart else contextlib.nullcontext():
-        began = time.perf_counter()
-        result = call()
-        return time.perf_counter() - began, result
-
-
-@contextlib.contextmanager
-def _apart() -> Iterator[None]:
-    """This thread on a processor of its own, all others of the process on the rest (Linux).
-
-    Linux may wake a pool's thread on the processor of the one that wakes it, while others stand idle. OpenMP, where one
-    thread then spins for the other, loses whole time slices: calls of torch of half a millisecond took 8 to 24.
-    """
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-    if len(allowed) < 2:
-        yield
-        return
-    own = {min(allowed)}
-    _place(own, allowed - own)
-    try:
-        yield
-    finally:
-        _place(allowed, allowed)
-
-
-def _place(this: set[int], others: set[int]) -> None:
-    for task in map(int, os.listdir("/proc/self/task")):
-        with contextlib.suppress(ProcessLookupError):  # it has ended
-            os.sched_setaffinity(task, this if task == threading.get_native_id() else others)
+def timed(call: Call) -> tuple[float, Any]:
+    began = time.perf_counter()
+    result = call()
+    return time.perf_counter() - began, result
 
 
 def rounds_for(elapsed: float) -> int:
