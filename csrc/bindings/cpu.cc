@@ -10,6 +10,7 @@
 
 #include "../cpu/candidates.h"
 #include "../cpu/ceilings.h"
+#include "../cpu/encode.h"
 #include "../cpu/partition_gradient.h"
 #include "../cpu/rows.h"
 #include "../cpu/scan.h"
@@ -109,8 +110,36 @@ urm::Overlay view(const Overlay& o) {
   return overlay;
 }
 
-// items, bias, row scale, overlay, bits of the rows that have not been removed
-using Table = std::tuple<Matrix, std::optional<Matrix>, std::optional<Matrix>, std::optional<Overlay>, uintptr_t>;
+// signs, r, steps
+using RotationSpec = std::tuple<uintptr_t, int64_t, int64_t>;
+
+urm::Rotation view(const RotationSpec& spec) {
+  urm::Rotation rotation;
+  rotation.signs = at<float>(std::get<0>(spec));
+  rotation.r = std::get<1>(spec);
+  rotation.p = urm::Rotation::hadamard_size(rotation.r);
+  rotation.steps = std::get<2>(spec);
+  return rotation;
+}
+
+// bits, blocks, their number, fine codes, rotation, references of lost and norm
+using Codes = std::tuple<int, uintptr_t, int64_t, uintptr_t, RotationSpec, float, float>;
+
+urm::Codes view(const Codes& c) {
+  urm::Codes codes;
+  codes.bits = std::get<0>(c);
+  codes.blocks = at<char>(std::get<1>(c));
+  codes.count = std::get<2>(c);
+  codes.fine = at<char>(std::get<3>(c));
+  codes.rotation = view(std::get<4>(c));
+  codes.lost_reference = std::get<5>(c);
+  codes.norm_reference = std::get<6>(c);
+  return codes;
+}
+
+// items, bias, row scale, overlay, bits of the rows that have not been removed, codes
+using Table = std::tuple<Matrix, std::optional<Matrix>, std::optional<Matrix>, std::optional<Overlay>, uintptr_t,
+                         std::optional<Codes>>;
 
 void set_request(const Queries& queries, const Table& table, int reduce, int torch_threads, urm::Request& request) {
   request.queries = view(queries);
@@ -138,6 +167,7 @@ void set_scan(const Queries& queries, const Table& table, int reduce, const Filt
     request.filter.exclude_count = std::get<5>(*filter);
   }
   request.filter.alive = at<uint8_t>(std::get<4>(table));
+  if (const auto& codes = std::get<5>(table)) request.codes = view(*codes);
   request.all_threads = wanted_threads() != nullptr;
   request.scan = chosen_scan(*request.kernels);
 }
@@ -165,9 +195,10 @@ void run(bool (*scan)(const Request&), Request& request) {
 }
 
 void score_topk(const Queries& queries, const Table& table, int reduce, const FilterSpec& filter, int64_t k,
-                bool sorted, int torch_threads, uintptr_t scores, uintptr_t ids) {
+                bool sorted, int torch_threads, uintptr_t scores, uintptr_t ids, uintptr_t counts) {
   urm::TopKRequest request;
   set_scan(queries, table, reduce, filter, torch_threads, request);
+  request.counts = at<urm::ScanCounts>(counts);
   request.k = k;
   request.sorted = sorted;
   request.scores = at<float>(scores);
@@ -216,6 +247,34 @@ void score_candidates(const Queries& queries, const Table& table, int reduce, ui
   else urm::candidate_dots(request, at<float>(out));
 }
 
+urm::EncodeRequest encoding(const Matrix& items, const std::optional<Matrix>& row_scale, const RotationSpec& rotation,
+                            int bits, uintptr_t blocks, uintptr_t fine) {
+  urm::EncodeRequest request;
+  request.items = view(items);
+  request.row_scale = view(row_scale);
+  request.rotation = view(rotation);
+  request.bits = bits;
+  request.blocks = at<char>(blocks);
+  request.fine = at<char>(fine);
+  request.kernels = &chosen_kernels();
+  return request;
+}
+
+void encode_blocks(const Matrix& items, const std::optional<Matrix>& row_scale, const RotationSpec& rotation, int bits,
+                   uintptr_t blocks, uintptr_t fine, int torch_threads) {
+  urm::EncodeRequest request = encoding(items, row_scale, rotation, bits, blocks, fine);
+  request.threads = chosen_threads(torch_threads);
+  const py::gil_scoped_release released;
+  urm::encode_blocks(request);
+}
+
+void encode_rows(const Matrix& items, const std::optional<Matrix>& row_scale, const RotationSpec& rotation, int bits,
+                 uintptr_t blocks, uintptr_t fine, uintptr_t rows, int64_t blocks_count) {
+  const urm::EncodeRequest request = encoding(items, row_scale, rotation, bits, blocks, fine);
+  const py::gil_scoped_release released;
+  urm::encode_rows(request, at<int64_t>(rows), blocks_count);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -224,7 +283,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("instruction_sets", &instruction_sets, "Usable instruction sets, best first.");
   m.def("instruction_set", [] { return chosen_kernels().name; }, "The one in use: URM_CPU_ISA, or the best.");
   m.def("threads", &chosen_threads, "Threads a call may use: URM_NUM_THREADS, or the number given (torch's).");
-  m.def("score_topk", &score_topk);
+  m.def("score_topk", &score_topk, "Counts of the scan are added to three int64 at an address, where one is given.");
+  m.def("encode_blocks", &encode_blocks, "Codes of all whole blocks of the items.");
+  m.def("encode_rows", &encode_rows, "Codes of rows into their places.");
   m.def("log_partition", &log_partition);
   m.def("log_partition_backward", &log_partition_backward);
   m.def("score_candidates", &score_candidates, "Scores [users, count], or dots [users, queries, count] not reduced.");
@@ -248,6 +309,22 @@ PYBIND11_MODULE(_cpu, m) {
         return urm::upper_bounds(view(queries), view(items), chosen_kernels(), at<float>(out));
       },
       "Bounds of a bounded scan, [users * queries, rows]; False where it would score everything exactly.");
+  m.def(
+      "code_bounds",
+      [](const Queries& queries, const Table& table, bool of_queries, uintptr_t out) {
+        const urm::MatrixView items = view(std::get<0>(table));
+        return urm::code_bounds(view(queries), items, view(*std::get<5>(table)), chosen_kernels(), of_queries,
+                                at<float>(out));
+      },
+      "Bounds from codes of the scan, [users, rows], or of every query, [users * queries, rows]; False where none are.");
+  m.def(
+      "code_rate",
+      [](int64_t steps, int threads) {
+        const urm::Kernels& kernels = chosen_kernels();
+        const py::gil_scoped_release released;
+        return urm::code_rate(steps, threads, kernels);
+      },
+      "Integer operations a second of the fastest products of codes; a multiply-add counts two.");
   m.def(
       "read_bandwidth",
       [](uintptr_t data, int64_t count, int threads) {

@@ -57,17 +57,34 @@ double gather_bandwidth(const MatrixView& items, const int64_t* rows, int64_t co
   return static_cast<double>(count * bytes) / elapsed;
 }
 
-double fma_rate(int64_t steps, int threads, const Kernels& kernels) {
+namespace {
+
+// Seconds that `steps` of a loop take, all threads together.
+template <class Loop>
+double seconds_of_steps(int64_t* steps, int threads, Loop loop) {
   constexpr int64_t kPiece = 4096;
+  const int64_t pieces = *steps / kPiece;
   std::atomic<int64_t> next{0};
-  const double elapsed = seconds([&] {
+  *steps = pieces * kPiece;
+  return seconds([&] {
     run_parallel(threads, [&](int) {
       float total = 0;
-      while (next.fetch_add(1) < steps / kPiece) total += kernels.fma_loop(kPiece);
+      while (next.fetch_add(1) < pieces) total += static_cast<float>(loop(kPiece));
       sink.store(total);
     });
   });
-  return static_cast<double>(steps / kPiece * kPiece) * kernels.fma_loop_operations / elapsed;
+}
+
+}  // namespace
+
+double fma_rate(int64_t steps, int threads, const Kernels& kernels) {
+  const double elapsed = seconds_of_steps(&steps, threads, kernels.fma_loop);
+  return static_cast<double>(steps) * kernels.fma_loop_operations / elapsed;
+}
+
+double code_rate(int64_t steps, int threads, const Kernels& kernels) {
+  const double elapsed = seconds_of_steps(&steps, threads, kernels.codes->rate_loop);
+  return static_cast<double>(steps) * kernels.codes->rate_loop_operations / elapsed;
 }
 
 }  // namespace urm

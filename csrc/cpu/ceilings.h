@@ -17,4 +17,7 @@ double gather_bandwidth(const MatrixView& items, const int64_t* rows, int64_t co
 // fp32 operations a second (a multiply-add counts two) of independent register chains on `threads`.
 double fma_rate(int64_t steps, int threads, const Kernels& kernels);
 
+// Integer operations a second (a multiply-add counts two) of the fastest products of codes on `threads`.
+double code_rate(int64_t steps, int threads, const Kernels& kernels);
+
 }  // namespace urm

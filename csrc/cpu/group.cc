@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kGroupQueries = 512;       // packed queries of a group stay in the second-level cache
 constexpr int64_t kWorkPerThread = 1 << 22;  // multiply-adds that pay for waking a thread, about 0.2 ms
 constexpr int64_t kChunkRows = 4096;         // rows handed out at a time
+constexpr double kCodedSpeed = 4;            // of sums of products of codes beside dots
 
 constexpr int64_t kSliceQueries = 64;  // their cheap scores of a panel are 16 KiB
 constexpr int64_t kFewestRows = 4096;  // smaller tables are scanned exactly: packing queries would cost as much
@@ -27,10 +28,19 @@ bool wanted(const ScanRequest& request, int64_t queries) {
   return queries > kDirectQueries && request.items.rows >= kFewestRows;
 }
 
-int useful_threads(const ScanRequest& request, int64_t queries, int64_t padded) {
+int useful_threads(const ScanRequest& request, int64_t queries, int64_t padded, bool coded) {
   if (request.all_threads) return request.threads;
-  const double work = static_cast<double>(request.items.rows) * padded * std::max<int64_t>(queries, 4);
+  double work = static_cast<double>(request.items.rows) * padded * std::max<int64_t>(queries, 4);
+  if (coded) work /= kCodedSpeed;
   return static_cast<int>(std::clamp<double>(work / kWorkPerThread, 1, std::max(request.threads, 1)));
+}
+
+// Near the golden section of the chunks, and without a common divisor: whatever order a catalogue has, the chunks of any
+// time are spread over all of it.
+int64_t scattering_step(int64_t chunks) {
+  int64_t step = std::max<int64_t>(1, chunks * 618 / 1000);
+  while (std::gcd(step, chunks) != 1) ++step;
+  return step;
 }
 
 }  // namespace
@@ -54,10 +64,17 @@ Group::Group(const ScanRequest& request, int64_t first, int64_t last, int64_t pa
     pack_query_panel(packed.rows.data(), packed.total, padded, panel.data());
   }
   bounds = make_bounds(request, packed, users, padded);
-  threads = useful_threads(request, packed.total, padded);
   const int64_t n = request.items.rows;
-  const int64_t wide = std::lcm(request.kernels->panel_rows, bounds.score ? bounds.score->panel_rows : 1);
+  if (request.codes.bits && packed.total && request.scan != ScanMode::kExact &&
+      (n >= kFewestRows || request.scan == ScanMode::kBounded))
+    query_codes = encode_queries(packed, users, padded, request.codes, *request.kernels);
+  const bool coded = !query_codes.empty();
+  threads = useful_threads(request, packed.total, padded, coded);
+  int64_t wide = std::lcm(request.kernels->panel_rows, bounds.score ? bounds.score->panel_rows : 1);
+  if (coded) wide = std::lcm(wide, kBlockRows);
   chunk_rows = round_up(std::clamp<int64_t>(threads == 1 ? n : n / (8 * threads), 1, kChunkRows), wide);
+  chunks = (n + chunk_rows - 1) / chunk_rows;
+  if (coded) chunk_step = scattering_step(chunks);
 }
 
 GroupBounds make_bounds(const ScanRequest& request, const PackedQueries& packed, int64_t users, int64_t padded) {

@@ -40,15 +40,28 @@ struct Group {
   PackedQueries packed;
   AlignedVector<float> panel{};  // packed queries for the panel kernel; empty where rows are read as they lie
   GroupBounds bounds{};
+  QueryCodes query_codes{};  // empty where the table's codes are of no use, or it has none
   int threads = 1;
   int64_t chunk_rows = 0;  // handed out at a time
+  int64_t chunks = 0;
+  int64_t chunk_step = 1;  // a chunk follows that many behind the one before, around the end
   std::atomic<int64_t> next_chunk{0};
   std::atomic<bool> stop{false};
+  std::atomic<int64_t> bytes{0}, survivors{0}, scored{0};  // see ScanCounts
 
   // Users [first, last).
   Group(const ScanRequest& request, int64_t first, int64_t last, int64_t padded);
 
   bool direct() const { return panel.empty(); }
+
+  void count(const ScanCounts& counts) {
+    bytes.fetch_add(counts.bytes, std::memory_order_relaxed);
+    survivors.fetch_add(counts.survivors, std::memory_order_relaxed);
+    scored.fetch_add(counts.scored, std::memory_order_relaxed);
+  }
+
+  // The first row of the turn-th chunk, -1 behind the last.
+  int64_t chunk_begin(int64_t turn) const { return turn < chunks ? turn * chunk_step % chunks * chunk_rows : -1; }
 };
 
 // Columns of a row in the kernels' memory.

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int64_t kStep = 256;                // of the sample: its exact scores cost 0.4 % of an exact scan
 constexpr int64_t kFewestRows = 1 << 16;      // a sample of 256
-constexpr int64_t kFewestResults = 512;       // below, the running threshold is soon as good as a guess from two rows
+constexpr int64_t kFewestResults = 512;       // of a plain table: below, the running threshold is soon as good as a guess from two rows
 constexpr double kDeviations = 3, kMore = 3;  // a guess is refuted once in a thousand, also where counts are small
 
 // The exact score at `rank` among every kStep-th row.
@@ -29,7 +29,8 @@ AlignedVector<float> score_at_rank(const ScanRequest& request, int64_t first, in
 }  // namespace
 
 AlignedVector<float> guess_thresholds(const TopKRequest& request, int64_t first, int64_t last) {
-  if (request.items.rows < kFewestRows || request.k < kFewestResults || request.k > request.items.rows / 2) return {};
+  const int64_t fewest = request.codes.bits ? 1 : kFewestResults;
+  if (request.items.rows < kFewestRows || request.k < fewest || request.k > request.items.rows / 2) return {};
   const double expected = static_cast<double>(request.k) / kStep;
   const int64_t rank = static_cast<int64_t>(std::ceil(expected + kDeviations * std::sqrt(expected) + kMore));
   return score_at_rank(request, first, last, rank);

@@ -15,6 +15,7 @@ extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const CheapScore kVnniCheapScore;
+extern const CodeSums kVnniCodeSums;
 #endif
 #if defined(URM_AMX)
 extern const CheapScore kAmxCheapScore;
@@ -23,10 +24,11 @@ extern const CheapScore kAmxCheapScore;
 namespace {
 
 #if defined(URM_X86)
-Kernels with_cheap_score(const char* name, const CheapScore& cheap) {
+Kernels with_vnni(const char* name, const CheapScore& cheap) {
   Kernels kernels = kAvx512Kernels;
   kernels.name = name;
   kernels.cheap = &cheap;
+  kernels.codes = &kVnniCodeSums;
   return kernels;
 }
 #endif
@@ -46,10 +48,10 @@ bool tiles_granted() {
 struct UsableKernels {
   const Kernels* table[5];
 #if defined(URM_X86)
-  const Kernels vnni = with_cheap_score("avx512_vnni", kVnniCheapScore);
+  const Kernels vnni = with_vnni("avx512_vnni", kVnniCheapScore);
 #endif
 #if defined(URM_AMX)
-  const Kernels amx = with_cheap_score("amx", kAmxCheapScore);
+  const Kernels amx = with_vnni("amx", kAmxCheapScore);
 #endif
   int count = 0;
 
@@ -59,12 +61,13 @@ struct UsableKernels {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool vnni_there = avx512 && __builtin_cpu_supports("avx512vnni");
 #if defined(URM_AMX)
-    if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+    if (vnni_there && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
         __builtin_cpu_supports("amx-bf16") && tiles_granted())
       table[count++] = &amx;
 #endif
-    if (avx512 && __builtin_cpu_supports("avx512vnni")) table[count++] = &vnni;
+    if (vnni_there) table[count++] = &vnni;
     if (avx512) table[count++] = &kAvx512Kernels;
     if (avx2) table[count++] = &kAvx2Kernels;
 #endif

@@ -10,6 +10,7 @@
 #include "../common/canonical_dot.h"
 #include "../common/exponential_sum.h"
 #include "cheap_score.h"
+#include "code_kernels.h"
 #include "views.h"
 
 namespace urm {
@@ -79,6 +80,25 @@ struct Kernels {
                           const float* lengths, float relative, float offset, const float* bias, float threshold);
 
   const CheapScore* cheap;  // or null
+
+  // 16 rows of floats, `stride` apart and a multiple of 16 wide, to [element][row] and back (there padded with zeros).
+  void (*to_code_panel)(const float* rows, int64_t stride, int64_t r, float* panel);
+  void (*from_code_panel)(const float* panel, int64_t r, float* rows, int64_t stride);
+  void (*rotate_panel)(const Rotation& rotation, float* panel);
+
+  // Codes of a rotated panel, which is overwritten; largest_before[i] is the largest |element| before the rotation.
+  void (*encode_panel)(float* panel, int64_t r, const float* largest_before, int bits, EncodedRows* out);
+  void (*largest_of_panel)(const float* panel, int64_t r, float* largest);
+
+  // Upper bounds of 16 rows of a block, whose part of the largest sums and of the side is given; as prune_bound.
+  uint32_t (*prune_codes)(const int32_t* sums, BlockSide side, const CodeBound& user, float relative, float offset,
+                          const float* bias, float threshold, float* bounds);
+
+  // Upper bounds of one row's dots with 16 queries.
+  void (*bounds_of_queries)(const int32_t* sums, const float* kept, const float* lost, const CodedRow& row,
+                            const CodeBound& user, float* bounds);
+
+  const CodeSums* codes;
 
   // Measured ceilings: sum of a buffer (count floats), and `steps` rounds of independent multiply-adds.
   float (*read_loop)(const float* data, int64_t count);

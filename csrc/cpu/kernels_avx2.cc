@@ -6,6 +6,9 @@
 #include "kernels.h"
 
 namespace urm {
+
+extern const CodeSums kAvx2CodeSums;
+
 namespace {
 
 struct Vector {
@@ -76,6 +79,10 @@ struct Vector {
       __m256i* at = reinterpret_cast<__m256i*>(sums);
       _mm256_storeu_si256(at, _mm256_add_epi64(_mm256_loadu_si256(at), shifted));
     }
+  }
+  static Vector from_integers(const int32_t* p) {
+    const __m256i* halves = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_cvtepi32_ps(_mm256_loadu_si256(halves)), _mm256_cvtepi32_ps(_mm256_loadu_si256(halves + 1))};
   }
   void store_integers(int32_t* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(low));
@@ -175,6 +182,6 @@ struct Vector {
 
 }  // namespace
 
-extern const Kernels kAvx2Kernels = KernelsOf<Vector>::table("avx2");
+extern const Kernels kAvx2Kernels = KernelsOf<Vector>::table("avx2", &kAvx2CodeSums);
 
 }  // namespace urm

@@ -6,6 +6,9 @@
 #include "kernels.h"
 
 namespace urm {
+
+extern const CodeSums kAvx2CodeSums;
+
 namespace {
 
 #include "kernels_template.h"
@@ -13,6 +16,6 @@ namespace {
 
 }  // namespace
 
-extern const Kernels kAvx512Kernels = KernelsOf<Vector>::table("avx512");
+extern const Kernels kAvx512Kernels = KernelsOf<Vector>::table("avx512", &kAvx2CodeSums);
 
 }  // namespace urm

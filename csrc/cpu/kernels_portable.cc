@@ -9,6 +9,9 @@
 #include "kernels.h"
 
 namespace urm {
+
+extern const CodeSums kPortableCodeSums;
+
 namespace {
 
 float widen_half(uint16_t half) {
@@ -104,6 +107,9 @@ struct Vector {
     for (int i = 0; i < kLanes; ++i)
       if (lanes >> i & 1) sums[i] += static_cast<uint64_t>(mantissas[i]) << (exponents[i] & (kGroupExponents - 1));
   }
+  static Vector from_integers(const int32_t* p) {
+    return each([&](int i) { return static_cast<float>(p[i]); });
+  }
   void store_integers(int32_t* p) const {
     for (int i = 0; i < kLanes; ++i) p[i] = to_integer(v[i]);
   }
@@ -136,6 +142,6 @@ struct Vector {
 
 }  // namespace
 
-extern const Kernels kPortableKernels = KernelsOf<Vector>::table("portable");
+extern const Kernels kPortableKernels = KernelsOf<Vector>::table("portable", &kPortableCodeSums);
 
 }  // namespace urm

@@ -3,6 +3,7 @@
 // could share between files compiled for different instruction sets, so no standard-library templates either.
 #pragma once
 
+#include "kernels_codes.h"
 #include "kernels_partition.h"
 
 template <class V>
@@ -266,7 +267,7 @@ struct KernelsOf {
     return sum_of_lanes(acc[0]);
   }
 
-  static constexpr Kernels table(const char* name) {
+  static constexpr Kernels table(const char* name, const CodeSums* codes) {
     using Partition = PartitionKernelsOf<V>;
     Kernels kernels{};
     kernels.name = name;
@@ -286,6 +287,17 @@ struct KernelsOf {
     kernels.scale_dots = scale_dots;
     kernels.dot = dot;
     kernels.prune_bound = prune_bound;
+    using Codes = CodeKernelsOf<V>;
+    kernels.to_code_panel = Codes::to_code_panel;
+    kernels.from_code_panel = Codes::from_code_panel;
+    kernels.rotate_panel = Codes::rotate_panel;
+    kernels.encode_panel = Codes::encode_panel;
+    kernels.largest_of_panel = [](const float* panel, int64_t r, float* largest) {
+      Codes::largest_of_panel(panel, r).store(largest);
+    };
+    kernels.prune_codes = Codes::prune_codes;
+    kernels.bounds_of_queries = Codes::bounds_of_queries;
+    kernels.codes = codes;
     kernels.read_loop = read_loop;
     kernels.fma_loop = fma_loop;
     kernels.fma_loop_operations = kChains * kLanes * 2;

@@ -11,7 +11,7 @@ namespace {
 bool scan_group(const PartitionRequest& request, int64_t first, int64_t last, int64_t padded) {
   Group group(request, first, last, padded);
   PartitionResults results(group, request.temperature);
-  if (group.bounds.score) {
+  if (group.bounds.score || !group.query_codes.empty()) {
     const AlignedVector<float> best = best_of_sample(request, first, last);
     for (int64_t user = 0; user < static_cast<int64_t>(best.size()); ++user) results.expect(user, best[user]);
   }

@@ -16,6 +16,11 @@ bool run_scan(Group& group, Results& results) {
   work.reserve(group.threads);
   for (int slot = 0; slot < group.threads; ++slot) work.emplace_back(group);
   run_parallel(group.threads, [&](int slot) { Scanner<Results>(group, work[slot], results, slot).run(); });
+  if (ScanCounts* counts = group.request.counts) {
+    counts->bytes += group.bytes.load();
+    counts->survivors += group.survivors.load();
+    counts->scored += group.scored.load();
+  }
   return !group.stop.load();
 }
 

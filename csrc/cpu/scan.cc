@@ -40,7 +40,7 @@ int64_t write_user(const TopKRequest& request, const Group& group, TopKResults& 
 bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t padded, bool guess) {
   Group group(request, first, last, padded);
   AlignedVector<float> guesses;
-  if (guess && group.bounds.score) guesses = guess_thresholds(request, first, last);
+  if (guess && (group.bounds.score || !group.query_codes.empty())) guesses = guess_thresholds(request, first, last);
   const int64_t n = request.items.rows, k = std::min(request.k, n);
   TopKResults results(group, k, topk_buffer_capacity(k, n));
   for (int64_t user = 0; user < static_cast<int64_t>(guesses.size()); ++user)

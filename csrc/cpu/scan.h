@@ -1,10 +1,11 @@
-// A scan of a plain table: every row is read once for all queries of a group of users.
+// A scan of a table: every row, or its code, is read once for all queries of a group of users.
 #pragma once
 
 #include <cstdint>
 #include <functional>
 
 #include "filter.h"
+#include "query_codes.h"
 #include "request.h"
 
 namespace urm {
@@ -16,12 +17,21 @@ enum class ScanMode {
   kBounded,  // a cheap score for every row, the canonical dot for those that can still win
 };
 
+// What a scan did; added up.
+struct ScanCounts {
+  int64_t bytes = 0;      // read of codes and rows
+  int64_t survivors = 0;  // (user, row) pairs that a bound from codes could not rule out
+  int64_t scored = 0;     // pairs scored exactly
+};
+
 // What every scan is asked.
 struct ScanRequest : Request {
+  Codes codes;
   Filter filter;
   ScanMode scan = ScanMode::kAuto;
   bool all_threads = false;           // even where the work does not pay for waking them
   std::function<bool()> interrupted;  // asked now and then on the calling thread
+  ScanCounts* counts = nullptr;       // added to, where given
 };
 
 // Exact top k.
@@ -55,6 +65,7 @@ Request sampled(const Request& request, int64_t first, int64_t last, int64_t ste
   sample.row_scale = every_column(request.row_scale, step);
   sample.overlay = request.overlay.sampled(step);
   sample.filter = request.filter.sampled(first, step);
+  sample.codes = {};
   sample.scan = ScanMode::kExact;
   return sample;
 }

@@ -1,12 +1,11 @@
 #include "scanner.h"
 
 #include <algorithm>
-#include <limits>
 
-#include "../common/log_sum_exp.h"
 #include "exact_dots.h"
 #include "float_environment.h"
 #include "partition_results.h"
+#include "rescore.h"
 #include "topk_results.h"
 
 namespace urm {
@@ -20,14 +19,16 @@ template <class Results>
 void Scanner<Results>::run() {
   const int64_t n = request_.items.rows;
   for (;;) {
-    const int64_t begin = group_.next_chunk.fetch_add(1, std::memory_order_relaxed) * group_.chunk_rows;
-    if (begin >= n || group_.stop.load(std::memory_order_relaxed)) return;
+    const int64_t begin = group_.chunk_begin(group_.next_chunk.fetch_add(1, std::memory_order_relaxed));
+    if (begin < 0 || group_.stop.load(std::memory_order_relaxed)) break;
     results_.adopt(slot_);
     scan_chunk(begin, std::min(n, begin + group_.chunk_rows));
     results_.publish(slot_);
     if (slot_ == 0 && request_.interrupted && request_.interrupted())
       group_.stop.store(true, std::memory_order_relaxed);
   }
+  group_.count(counts_);
+  group_.count(codes_.counts());
 }
 
 // Rounding mode and tiles are set here and not once for all chunks: between two of them a signal handler may run, which
@@ -36,6 +37,36 @@ template <class Results>
 void Scanner<Results>::scan_chunk(int64_t begin, int64_t end) {
   const DefaultFloatEnvironment environment;
   const CheapSession session(group_.bounds.score);
+  if (group_.query_codes.empty()) return scan_rows(begin, end);
+  for (int64_t row = begin, stop; row < end; row = stop) {
+    stop = std::min(end, row + kStretchBlocks * kBlockRows);
+    if (code_pace_.next_is_bounded()) scan_codes(row, stop);
+    else scan_rows(row, stop);
+  }
+  codes_.finish();
+}
+
+// By their codes: all but rows behind the last block, and blocks with a replaced row, whose codes may be changing.
+template <class Results>
+void Scanner<Results>::scan_codes(int64_t begin, int64_t end) {
+  const Overlay& overlay = request_.overlay;
+  const int64_t coded = std::max(begin, std::min(end, request_.codes.rows()));
+  int64_t survived = 0, row = begin;
+  while (row < coded) {
+    const int64_t place = overlay.count ? overlay.from(row) : 0;
+    const int64_t replaced = place < overlay.count ? overlay.rows[place] / kBlockRows * kBlockRows : coded;
+    if (row < replaced) survived += codes_.scan(row, std::min(coded, replaced));
+    row = std::min(coded, replaced);
+    if (row < coded) scan_rows(row, row + kBlockRows), row += kBlockRows;
+  }
+  scan_rows(coded, end);
+  code_pace_.judge(survived, (end - begin) * group_.users);
+}
+
+// By themselves: bounded first where that is wanted, and pays.
+template <class Results>
+void Scanner<Results>::scan_rows(int64_t begin, int64_t end) {
+  counts_.bytes += (end - begin) * request_.items.columns * element_bytes(request_.items.dtype);
   if (!group_.bounds.score) return scan_exact(begin, end);
   for (int64_t row = begin, stop; row < end; row = stop) {
     stop = std::min(end, row + kStretchRows);
@@ -48,11 +79,13 @@ void Scanner<Results>::scan_chunk(int64_t begin, int64_t end) {
     scan_bounded(row, whole_tiles);
     scan_exact(whole_tiles, stop);
     pace_.judge(rescored_, (whole_tiles - row) * group_.users);
+    counts_.scored += rescored_;
   }
 }
 
 template <class Results>
 void Scanner<Results>::scan_exact(int64_t begin, int64_t end) {
+  counts_.scored += (end - begin) * group_.users;
   exact_dots(group_, work_, begin, end,
              [&](int64_t row, int64_t count, const float* dots, int64_t stride) { select(row, count, dots, stride); });
 }
@@ -124,27 +157,15 @@ template <class Results>
 bool Scanner<Results>::rescore(int64_t user, int64_t row, const Bounded& bounded, float bias, float threshold,
                                float* score) {
   const int64_t first = group_.packed.start[user], queries = group_.packed.start[user + 1] - first;
-  const int64_t stride = group_.bounds.score->panel_rows, padded = group_.padded;
-  const float* query = group_.packed.rows.data() + first * padded;
   const float* slack = group_.bounds.slack.data() + first;
-  const float* factors = row_of(group_, work_, row);
-  if (request_.reduce == Reduce::kLogSumExp) {
-    for (int64_t m = 0; m < queries; ++m) work_.user_dots[m] = kernels_.dot(factors, query + m * padded, padded);
-    *score = canonical_log_sum_exp(work_.user_dots.data(), 1, queries);
-  } else {
-    float largest = -std::numeric_limits<float>::infinity();
-    for (int64_t m = 0; m < queries; ++m) {
-      const float bound = bounded.scale * (bounded.cheap[m * stride] + slack[m] * bounded.length);
-      if (bound + bias < threshold) continue;
-      const float dot = kernels_.dot(factors, query + m * padded, padded);
-      if (dot != dot) return false;
-      largest = std::max(largest, dot);
-    }
-    *score = largest;
+  int32_t* chosen = work_.chosen.data();
+  int64_t count = 0;
+  for (int64_t m = 0; m < queries; ++m) {
+    const float cheap = bounded.cheap[m * group_.bounds.score->panel_rows];
+    const float bound = bounded.scale * (cheap + slack[m] * bounded.length);
+    if (!(bound + bias < threshold)) chosen[count++] = static_cast<int32_t>(m);
   }
-  if (request_.bias.data) *score += bias;
-  *score += 0.0f;  // -0 becomes +0
-  return *score >= threshold;
+  return exact_score(group_, work_, user, row, chosen, count, bias, score) && *score >= threshold;
 }
 
 template class Scanner<TopKResults>;

@@ -1,6 +1,7 @@
 // One thread's walk over its share of the rows. `Results` says which scores are still of use and takes those that are.
 #pragma once
 
+#include "code_scanner.h"
 #include "group.h"
 #include "pace.h"
 #include "workspace.h"
@@ -17,12 +18,20 @@ class Scanner {
         work_(work),
         results_(results),
         slot_(slot),
-        pace_(group.request.scan) {}
+        codes_(group, work, results, slot),
+        code_pace_(group.request.scan, kPairsPerCodedSurvivor),
+        pace_(group.request.scan, kPairsPerRescore) {}
 
   void run();
 
  private:
+  // About what scoring a pair that survived costs, in pairs scored by the plain scan.
+  static constexpr int64_t kPairsPerRescore = 8;
+  static constexpr int64_t kPairsPerCodedSurvivor = 2;
+
   void scan_chunk(int64_t begin, int64_t end);
+  void scan_codes(int64_t begin, int64_t end);
+  void scan_rows(int64_t begin, int64_t end);
   void scan_exact(int64_t begin, int64_t end);
   void scan_bounded(int64_t begin, int64_t end);
 
@@ -41,7 +50,9 @@ class Scanner {
   Workspace& work_;
   Results& results_;
   const int slot_;
-  Pace pace_;
+  CodeScanner<Results> codes_;
+  Pace code_pace_, pace_;
+  ScanCounts counts_;
   int64_t rescored_ = 0;
 };
 

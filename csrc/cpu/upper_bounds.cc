@@ -4,6 +4,8 @@
 #include <limits>
 
 #include "float_environment.h"
+#include "code_scanner.h"
+#include "topk_results.h"
 #include "workspace.h"
 
 namespace urm {
@@ -33,6 +35,36 @@ bool upper_bounds(const QueriesView& queries, const MatrixView& items, const Ker
           const float bound = work.scales[i] * (work.cheap_dots[q * cheap.panel_rows + i] + slack);
           if (work.lengths[i] - work.lengths[i] == 0.0f) out[(slice.first_query + q) * n + row + i] = bound;
         }
+    }
+  }
+  return true;
+}
+
+bool code_bounds(const QueriesView& queries, const MatrixView& items, const Codes& codes, const Kernels& kernels,
+                 bool of_queries, float* out) {
+  const DefaultFloatEnvironment environment;
+  ScanRequest request;
+  request.queries = queries;
+  request.items = items;
+  request.kernels = &kernels;
+  request.codes = codes;
+  request.scan = ScanMode::kBounded;
+  Group group(request, 0, queries.users, padded_columns(queries));
+  if (group.query_codes.empty()) return false;
+  Workspace work(group);
+  TopKResults results(group, 1, 1);
+  CodeScanner<TopKResults> scanner(group, work, results, 0);
+  const int64_t outputs = of_queries ? group.packed.total : queries.users;
+  std::fill(out, out + outputs * items.rows, std::numeric_limits<float>::infinity());
+  for (int64_t user = 0; user < queries.users; ++user) {
+    const int64_t first = group.packed.start[user], count = group.packed.start[user + 1] - first;
+    for (int64_t row = 0; row < codes.rows() && count; ++row) {
+      if (!of_queries) {
+        if (row % kBlockRows == 0) scanner.bounds_of_block(user, row, out + user * items.rows + row);
+        continue;
+      }
+      scanner.bounds_of_row(user, row, work.row_bounds.data());
+      for (int64_t m = 0; m < count; ++m) out[(first + m) * items.rows + row] = work.row_bounds[m];
     }
   }
   return true;

@@ -46,6 +46,7 @@ struct Vector {
       _mm512_storeu_si512(sums, _mm512_mask_add_epi64(sum, static_cast<__mmask8>(lanes), sum, shifted));
     }
   }
+  static Vector from_integers(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
   void store_integers(int32_t* p) const { _mm512_storeu_si512(p, _mm512_cvtps_epi32(v)); }
 
   static Vector widen(const char* row, DType dtype, int64_t e) {

@@ -57,7 +57,20 @@ Workspace::Workspace(const Group& group) {
   if (!group.direct()) panel.resize(kernels.panel_rows * group.padded);
   dots.resize(round_up(group.packed.total, kQueryGroup) * kernels.panel_rows);
   bias.resize(std::max(kernels.panel_rows, cheap ? cheap->panel_rows : 0));
+  const bool coded = !group.query_codes.empty();
+  if (coded) {
+    bias.resize(std::max<int64_t>(bias.size(), kStretchBlocks * kBlockRows));
+    largest_sums.resize(kStretchBlocks * kBlockRows);
+    row_sums.resize(group.query_codes.most_groups * kLanes);
+    row_bounds.resize(row_sums.size());
+    row_codes.resize(quads_of(group.request.items.columns) * kQuad);
+    survivors.reserve(kSurvivors);
+    waiting.reserve(kSurvivors);
+  }
   row_scale.resize(bias.size());
+  row.resize(group.padded);
+  user_dots.resize(group.packed.total);
+  chosen.resize(kRescoreBatch * std::max<int64_t>(1, coded ? row_sums.size() : group.packed.total));
   if (!cheap) return;
   if (group.bounds.rows == DType::kBFloat16 && group.request.overlay.count)
     cheap_rows.resize(kLanes * group.request.items.columns * element_bytes(DType::kBFloat16));
@@ -65,8 +78,6 @@ Workspace::Workspace(const Group& group) {
   cheap_dots.resize(group.bounds.widest * cheap->panel_rows);
   scales.resize(cheap->panel_rows);
   lengths.resize(cheap->panel_rows);
-  row.resize(group.padded);
-  user_dots.resize(group.packed.total);
 }
 
 const float* tile_of(const Group& group, Workspace& work, int64_t row, int64_t count, int64_t* stride) {

@@ -5,12 +5,27 @@
 
 namespace urm {
 
+constexpr int64_t kStretchBlocks = 8;   // of codes, scanned for one user after the other
+constexpr int64_t kSurvivors = 2048;    // that wait for their rows; when there are as many, all are rescored
+constexpr int64_t kRescoreBatch = 16;   // whose rows are fetched before the first is used
+
+// A pair that the scan of the codes could not rule out.
+struct Survivor {
+  int64_t row, user;
+  float bound;
+};
+
 // Allocated before the threads start.
 struct Workspace {
   AlignedVector<float> rows, panel, dots, bias, row_scale;
   AlignedVector<char> cheap_panel{};
   AlignedVector<char> cheap_rows{};
   AlignedVector<float> cheap_dots{}, scales{}, lengths{}, row{}, user_dots{};
+  AlignedVector<int32_t> chosen{};  // queries of a user whose dots are wanted
+  AlignedVector<int32_t> largest_sums{}, row_sums{};
+  AlignedVector<float> row_bounds{};
+  AlignedVector<uint8_t> row_codes{};
+  AlignedVector<Survivor> survivors{}, waiting{};
 
   explicit Workspace(const Group& group);
 };

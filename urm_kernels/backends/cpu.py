@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import codes as formats
+from .codes import Codes
 from .table_view import ScanOptions, TableView
 
 ROW_SCALE = True  # whether rows may have a scale
@@ -58,13 +60,53 @@ def threads() -> int:
     return extension().threads(torch.get_num_threads())
 
 
-def score_topk(queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
-    """See urm_kernels.score_topk; queries are float32 [B, M, r]."""
+def score_topk(
+    queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See urm_kernels.score_topk; queries are float32 [B, M, r]. What the scan did is added to counts, int64 [3]."""
     users = queries.shape[0]
     scores, ids = torch.empty((users, k)), torch.empty((users, k), dtype=torch.int64)
     arguments, _held = _scan(queries, table, options)
-    extension().score_topk(*arguments, k, sorted, torch.get_num_threads(), scores.data_ptr(), ids.data_ptr())
+    extension().score_topk(
+        *arguments,
+        k,
+        sorted,
+        torch.get_num_threads(),
+        scores.data_ptr(),
+        ids.data_ptr(),
+        0 if counts is None else counts.data_ptr(),
+    )
     return scores, ids
+
+
+def encode_blocks(items: Tensor, row_scale: Tensor | None, codes: Codes) -> None:
+    """Writes the codes of all whole blocks of the items."""
+    extension().encode_blocks(*_encoding(items, row_scale, codes), torch.get_num_threads())
+
+
+def encode_rows(items: Tensor, row_scale: Tensor | None, codes: Codes, rows: Tensor) -> None:
+    """Writes the codes of rows (ascending), whose new contents are the items, into their places."""
+    arguments = _encoding(items, row_scale, codes)
+    extension().encode_rows(*arguments, rows.data_ptr(), len(codes.blocks))
+
+
+def _encoding(items: Tensor, row_scale: Tensor | None, codes: Codes) -> tuple[Any, ...]:
+    r = items.shape[1]
+    fine = 0 if codes.fine is None else codes.fine.data_ptr()
+    rotation = _rotation(codes, r)
+    return matrix(items), _vector(row_scale), rotation, formats.bits_of(codes, r), codes.blocks.data_ptr(), fine
+
+
+def _rotation(codes: Codes, r: int) -> tuple[int, int, int]:
+    return codes.rotation.data_ptr(), r, codes.rotation.shape[0]
+
+
+def _codes(codes: Codes | None, r: int) -> tuple[Any, ...] | None:
+    if codes is None:
+        return None
+    fine = 0 if codes.fine is None else codes.fine.data_ptr()
+    blocks = codes.blocks
+    return formats.bits_of(codes, r), blocks.data_ptr(), len(blocks), fine, _rotation(codes, r), *codes.reference.tolist()
 
 
 def log_partition(queries: Tensor, table: TableView, options: ScanOptions, temperature: Tensor) -> Tensor:
@@ -180,7 +222,7 @@ def _scan(queries: Tensor, table: TableView, options: ScanOptions) -> tuple[tupl
 
 
 def _table(table: TableView) -> tuple[Any, ...]:
-    items, bias, row_scale, alive, overlay = table
+    items, bias, row_scale, alive, overlay, codes = table
     newer = None
     if overlay is not None:
         rows = overlay.rows
@@ -191,7 +233,8 @@ def _table(table: TableView) -> tuple[Any, ...]:
             _vector(overlay.bias),
             _vector(overlay.row_scale),
         )
-    return matrix(items), _vector(bias), _vector(row_scale), newer, 0 if alive is None else alive.data_ptr()
+    bits = 0 if alive is None else alive.data_ptr()
+    return matrix(items), _vector(bias), _vector(row_scale), newer, bits, _codes(codes, items.shape[1])
 
 
 def _vector(vector: Tensor | None) -> tuple[int, int, int, int, int, int] | None:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .codes import Codes
+
 
 class Overlay(NamedTuple):
     """Rows to be read from here instead of from the table, where somebody may be writing them (urm_kernels.updates).
@@ -21,13 +23,15 @@ class Overlay(NamedTuple):
 
 
 class TableView(NamedTuple):
-    """items [N, r]; bias and row_scale [N]; alive: bits [ceil(N / 8)] of rows that have not been removed."""
+    """items [N, r]; bias and row_scale [N]; alive: bits [ceil(N / 8)] of rows that have not been removed; codes of the
+    items, of blocks without a row of the overlay."""
 
     items: Tensor
     bias: Tensor | None = None
     row_scale: Tensor | None = None
     alive: Tensor | None = None
     overlay: Overlay | None = None
+    codes: Codes | None = None
 
     def dtypes(self) -> tuple[torch.dtype, ...]:
         if self.bias is None and self.row_scale is None:

@@ -1,0 +1,121 @@
+// Codes: low-bit copies of rows, small enough to be read for every item, from which a certain upper bound of every
+// canonical dot follows (docs/design.md has the proof).
+//
+// A row x, rotated to w, has integers c (|c| <= 7 or 127), a scale a, and lengths relative to it: lost e >= |w / a - c|,
+// norm n >= |x| / a. A rotated query has integers u with a step b that the user's queries share, kept g >= |b u|, lost
+// f >= |rotated q - b u|. Then
+//
+//   dot <= a (b (u . c) + g e + f n + code_error (g + f) n) + code_underflow
+//
+// Rows lie in blocks of 32. A *quad* is four neighbouring elements, whose products a 32-bit lane adds at once:
+//
+//   4 bits:  [quad][row 0..15][element of the quad] bytes c + 8, the codes of rows 16..31 in their high halves
+//   8 bits:  [quad][row 0..31][element of the quad] bytes c + 128
+//   then     32 scales (float), 32 lost (half), 32 norms (half)
+//
+// A row that may hold anything has n = +inf: its bound is +inf. Rows behind the last whole block have no codes.
+// Fine codes lie row by row: [quads][4] bytes c + 128, scale, lost, norm.
+#pragma once
+
+#include <cstring>
+
+#include "canonical_dot.h"
+
+namespace urm {
+
+constexpr int kBlockRows = 32;
+constexpr int kQuad = 4;
+constexpr int64_t kSideBytes = 8;              // of a row: scale, lost, norm
+constexpr int64_t kWidestCodedRow = 8192;      // up to here sums of products fit 32 bits, also with those of two rows
+constexpr float kLargestCodedLength = 0x1p60f;  // of rows and queries: no product of two overflows
+constexpr float kLeastCodeScale = 0x1p-100f;    // of rows and queries: no product of integers underflows
+
+URM_HOST_DEVICE int64_t quads_of(int64_t r) {
+  return (r + kQuad - 1) / kQuad;
+}
+
+URM_HOST_DEVICE int64_t block_code_bytes(int64_t r, int bits) {
+  return quads_of(r) * kQuad * kBlockRows * bits / 8;
+}
+
+URM_HOST_DEVICE int64_t block_bytes(int64_t r, int bits) {
+  return block_code_bytes(r, bits) + kBlockRows * kSideBytes;
+}
+
+URM_HOST_DEVICE int64_t fine_row_bytes(int64_t r) {
+  return quads_of(r) * kQuad + kSideBytes;
+}
+
+URM_HOST_DEVICE int largest_code(int bits) {
+  return bits == 4 ? 7 : 127;
+}
+
+// Added to codes, so that they are unsigned.
+URM_HOST_DEVICE int code_offset(int bits) {
+  return bits == 4 ? 8 : 128;
+}
+
+// The part of a block behind its codes.
+struct BlockSide {
+  const float* scale;
+  const uint16_t* lost;
+  const uint16_t* norm;
+};
+
+URM_HOST_DEVICE BlockSide side_of(const char* block, int64_t code_bytes) {
+  const char* side = block + code_bytes;
+  return {reinterpret_cast<const float*>(side),
+          reinterpret_cast<const uint16_t*>(side + kBlockRows * sizeof(float)),
+          reinterpret_cast<const uint16_t*>(side + kBlockRows * (sizeof(float) + sizeof(uint16_t)))};
+}
+
+// Byte of a block that holds element e of a row.
+URM_HOST_DEVICE int64_t code_place(int64_t row, int64_t e, int bits) {
+  const int64_t lanes = bits == 4 ? kLanes : kBlockRows;
+  return ((e / kQuad) * lanes + row % lanes) * kQuad + e % kQuad;
+}
+
+// Roundings, as a share of (g + f) n a: of the canonical dot, of the rotation of row and query, of the bound itself.
+URM_HOST_DEVICE float code_error(int64_t r, int64_t rotation_roundings) {
+  return static_cast<float>(r / kLanes + 2 * rotation_roundings + 64) * 0x1p-24f;
+}
+
+// What the canonical dot and the bound may lose where they underflow.
+URM_HOST_DEVICE float code_underflow(int64_t r) {
+  return static_cast<float>(r + 16) * 0x1p-149f;
+}
+
+// The least half that is not below x >= 0; +inf above 65504.
+URM_HOST_DEVICE uint16_t half_not_below(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  if (x > 65504.0f) return 0x7C00;
+  if (x < 0x1p-14f) {  // denormal halves are multiples of 2^-24
+    const float units = x * 0x1p24f;
+    const uint16_t whole = static_cast<uint16_t>(units);
+    return static_cast<uint16_t>(whole + (static_cast<float>(whole) < units));
+  }
+  const uint32_t rounded = bits + 0x1FFF;  // up to a multiple of 2^13 in the last place; a carry raises the exponent
+  return static_cast<uint16_t>((rounded >> 13) - ((127 - 15) << 10));
+}
+
+URM_HOST_DEVICE float value_of_half(uint16_t half) {
+  const uint32_t exponent = half >> 10 & 0x1F, fraction = half & 0x3FF;
+  if (exponent == 0) return static_cast<float>(fraction) * 0x1p-24f;
+  const uint32_t bits = (exponent == 0x1F ? 0x7F800000u : (exponent + 112) << 23) | fraction << 13;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Codes + offset of one row of a block, [quads][4].
+URM_HOST_DEVICE void row_of_block(const char* block, int64_t row, int64_t r, int bits, uint8_t* out) {
+  for (int64_t q = 0; q < quads_of(r); ++q, out += kQuad) {
+    uint32_t quad;
+    memcpy(&quad, block + code_place(row, q * kQuad, bits), sizeof quad);
+    if (bits == 4) quad = (row < kLanes ? quad : quad >> 4) & 0x0F0F0F0Fu;
+    memcpy(out, &quad, sizeof quad);
+  }
+}
+
+}  // namespace urm

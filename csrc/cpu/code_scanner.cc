@@ -1,0 +1,200 @@
+#include "code_scanner.h"
+
+#include <algorithm>
+
+#include "partition_results.h"
+#include "rescore.h"
+#include "topk_results.h"
+
+namespace urm {
+
+template <class Results>
+int64_t CodeScanner<Results>::scan(int64_t begin, int64_t end) {
+  const int64_t stride = block_bytes(r_, codes_.bits), blocks = (end - begin) / kBlockRows;
+  const float* bias = request_.bias.data ? bias_of(group_, work_, begin, end - begin) : nullptr;
+  const int64_t more = std::min<int64_t>(kStretchBlocks, codes_.count - end / kBlockRows);
+  Ahead ahead{block_of(end), more * stride / kCacheLine};
+  int64_t survived = 0;
+  for (int64_t user = 0; user < group_.users; ++user) {
+    if (group_.packed.start[user + 1] == group_.packed.start[user]) continue;
+    sum_blocks(user, begin, blocks, ahead);
+    ahead = {nullptr, 0};
+    for (int64_t row = 0; row < end - begin; row += kLanes) {
+      float bounds[kLanes];
+      for (uint32_t lanes = prune(user, begin, row, bias, bounds); lanes; lanes &= lanes - 1) {
+        const int i = __builtin_ctz(lanes);
+        if (!request_.filter.allows(group_.first_user + user, begin + row + i)) continue;
+        keep({begin + row + i, user, bounds[i]});
+        ++survived;
+      }
+    }
+  }
+  counts_.bytes += blocks * stride;
+  counts_.survivors += survived;
+  rescore(work_.waiting);
+  work_.waiting.swap(work_.survivors);
+  return survived;
+}
+
+template <class Results>
+void CodeScanner<Results>::sum_blocks(int64_t user, int64_t begin, int64_t blocks, Ahead ahead) {
+  const auto largest = codes_.bits == 4 ? kernels_.codes->largest4 : kernels_.codes->largest8;
+  const int64_t quads = quads_of(r_), group = queries_.first_group[user];
+  largest(block_of(begin), block_bytes(r_, codes_.bits), blocks, quads,
+          queries_.codes.data() + group * quads * kLanes * kQuad, queries_.starts.data() + group * kLanes,
+          group_.packed.start[user + 1] - group_.packed.start[user], ahead, work_.largest_sums.data());
+}
+
+// Of the 16 rows from begin + row on, whose sums are there, those that may reach the user's threshold.
+template <class Results>
+uint32_t CodeScanner<Results>::prune(int64_t user, int64_t begin, int64_t row, const float* bias, float* bounds) {
+  BlockSide side = side_of(block_of(begin + row), block_code_bytes(r_, codes_.bits));
+  const int64_t lane = row % kBlockRows;
+  side.scale += lane, side.lost += lane, side.norm += lane;
+  float relative = 0, offset = 0;
+  if (request_.reduce == Reduce::kLogSumExp)
+    log_sum_exp_excess(group_.packed.start[user + 1] - group_.packed.start[user], &relative, &offset);
+  return kernels_.prune_codes(work_.largest_sums.data() + row, side, queries_.bounds[user], relative, offset,
+                              bias ? bias + row : nullptr, results_.threshold(slot_, user), bounds);
+}
+
+template <class Results>
+void CodeScanner<Results>::bounds_of_block(int64_t user, int64_t begin, float* bounds) {
+  sum_blocks(user, begin, 1, Ahead{nullptr, 0});
+  for (int64_t row = 0; row < kBlockRows; row += kLanes) prune(user, begin, row, nullptr, bounds + row);
+}
+
+template <class Results>
+void CodeScanner<Results>::finish() {
+  rescore(work_.waiting);
+}
+
+template <class Results>
+void CodeScanner<Results>::keep(const Survivor& survivor) {
+  if (work_.survivors.size() == kSurvivors) {
+    rescore(work_.waiting);
+    rescore(work_.survivors);
+  }
+  work_.survivors.push_back(survivor);
+  if (codes_.fine) fetch(codes_.fine + survivor.row * fine_row_bytes(r_), fine_row_bytes(r_));
+  else if (group_.packed.total == group_.users) fetch_row(survivor.row);
+}
+
+// Scores pairs, and forgets them. Bounds are compared again: thresholds may have risen.
+template <class Results>
+void CodeScanner<Results>::rescore(AlignedVector<Survivor>& pairs) {
+  const int64_t most = static_cast<int64_t>(work_.chosen.size()) / kRescoreBatch;
+  Chosen batch[kRescoreBatch];
+  for (std::size_t next = 0; next < pairs.size();) {
+    int64_t taken = 0;
+    for (; next < pairs.size() && taken < kRescoreBatch; ++next) {
+      const Survivor& pair = pairs[next];
+      if (pair.bound < results_.threshold(slot_, pair.user)) continue;
+      const int64_t count = choose(pair, work_.chosen.data() + taken * most);
+      if (!count) continue;
+      fetch_row(pair.row);
+      batch[taken++] = {pair.row, pair.user, count};
+    }
+    for (int64_t i = 0; i < taken; ++i) {
+      const Chosen& pair = batch[i];
+      float score;
+      if (exact_score(group_, work_, pair.user, pair.row, work_.chosen.data() + i * most, pair.count,
+                      bias_of_row(pair.row), &score))
+        results_.take_one(slot_, pair.user, pair.row, score);
+    }
+    counts_.scored += taken;
+    counts_.bytes += taken * r_ * element_bytes(request_.items.dtype);
+  }
+  pairs.clear();
+}
+
+template <class Results>
+int64_t CodeScanner<Results>::groups_of(int64_t user) const {
+  return (group_.packed.start[user + 1] - group_.packed.start[user] + kLanes - 1) / kLanes;
+}
+
+template <class Results>
+void CodeScanner<Results>::bounds_of_row(int64_t user, int64_t row, float* bounds) {
+  const int64_t quads = quads_of(r_), group = queries_.first_group[user], groups = groups_of(user);
+  const CodedRow coded = coded_row(row);
+  kernels_.codes->of_row(coded.codes, quads, queries_.codes.data() + group * quads * kLanes * kQuad,
+                         queries_.row_starts.data() + group * kLanes, groups, work_.row_sums.data());
+  for (int64_t g = 0, at = group * kLanes; g < groups; ++g, at += kLanes)
+    kernels_.bounds_of_queries(work_.row_sums.data() + g * kLanes, queries_.kept.data() + at,
+                               queries_.lost.data() + at, coded, queries_.bounds[user], bounds + g * kLanes);
+}
+
+// The user's queries whose own bounds of the row reach the threshold: if its score does, its best one is among them. All
+// or none under logsumexp.
+template <class Results>
+int64_t CodeScanner<Results>::choose(const Survivor& pair, int32_t* chosen) {
+  const int64_t queries = group_.packed.start[pair.user + 1] - group_.packed.start[pair.user];
+  if (queries == 1 && !codes_.fine) {
+    chosen[0] = 0;
+    return 1;
+  }
+  float* bounds = work_.row_bounds.data();
+  bounds_of_row(pair.user, pair.row, bounds);
+  const float bias = bias_of_row(pair.row), threshold = results_.threshold(slot_, pair.user);
+  int64_t count = 0;
+  if (request_.reduce != Reduce::kLogSumExp) {
+    for (int64_t m = 0; m < queries; ++m)
+      if (!(bounds[m] + bias < threshold)) chosen[count++] = static_cast<int32_t>(m);
+    return count;
+  }
+  float largest = bounds[0], relative, offset;
+  for (int64_t m = 1; m < queries; ++m)
+    if (!(bounds[m] <= largest)) largest = bounds[m];  // NaN stays
+  log_sum_exp_excess(queries, &relative, &offset);
+  const float bound = fused_multiply_add(std::fabs(largest), relative, largest) + offset + bias;
+  return bound < threshold ? 0 : queries;
+}
+
+template <class Results>
+CodedRow CodeScanner<Results>::coded_row(int64_t row) {
+  const int64_t quads = quads_of(r_);
+  if (codes_.fine) {
+    const char* fine = codes_.fine + row * fine_row_bytes(r_);
+    counts_.bytes += fine_row_bytes(r_);
+    CodedRow out{reinterpret_cast<const uint8_t*>(fine), 0, 0, 0};
+    uint16_t lost, norm;
+    std::memcpy(&out.scale, fine + quads * kQuad, sizeof out.scale);
+    std::memcpy(&lost, fine + quads * kQuad + 4, sizeof lost);
+    std::memcpy(&norm, fine + quads * kQuad + 6, sizeof norm);
+    out.lost = value_of_half(lost), out.norm = value_of_half(norm);
+    return out;
+  }
+  const char* block = block_of(row);
+  const int64_t lane = row % kBlockRows;
+  row_of_block(block, lane, r_, codes_.bits, work_.row_codes.data());
+  const BlockSide side = side_of(block, block_code_bytes(r_, codes_.bits));
+  return {work_.row_codes.data(), side.scale[lane], value_of_half(side.lost[lane]), value_of_half(side.norm[lane])};
+}
+
+template <class Results>
+const char* CodeScanner<Results>::block_of(int64_t row) const {
+  return codes_.blocks + row / kBlockRows * block_bytes(r_, codes_.bits);
+}
+
+template <class Results>
+float CodeScanner<Results>::bias_of_row(int64_t row) {
+  float bias = 0;
+  if (request_.bias.data) kernels_.widen(part_of(request_.bias, row, 1), 1, &bias);
+  return bias;
+}
+
+template <class Results>
+void CodeScanner<Results>::fetch(const char* from, int64_t bytes) const {
+  for (int64_t byte = 0; byte < bytes; byte += kCacheLine) __builtin_prefetch(from + byte);
+}
+
+template <class Results>
+void CodeScanner<Results>::fetch_row(int64_t row) const {
+  if (request_.items.column_stride == 1)
+    fetch(row_address(request_.items, row), r_ * element_bytes(request_.items.dtype));
+}
+
+template class CodeScanner<TopKResults>;
+template class CodeScanner<PartitionResults>;
+
+}  // namespace urm

@@ -1,0 +1,65 @@
+// One thread's scan of a packed table: bounds from codes for every row, finer ones and the exact score for survivors.
+#pragma once
+
+#include "group.h"
+#include "workspace.h"
+
+namespace urm {
+
+template <class Results>
+class CodeScanner {
+ public:
+  CodeScanner(const Group& group, Workspace& work, Results& results, int slot)
+      : group_(group),
+        request_(group.request),
+        kernels_(*group.request.kernels),
+        codes_(group.request.codes),
+        queries_(group.query_codes),
+        r_(group.request.items.columns),
+        work_(work),
+        results_(results),
+        slot_(slot) {}
+
+  // Whole blocks, at most kStretchBlocks, none of whose rows has been replaced. Returns how many pairs survived; these
+  // wait, while their rows are fetched, until the next call.
+  int64_t scan(int64_t begin, int64_t end);
+
+  // Scores the pairs that still wait.
+  void finish();
+
+  // Upper bounds of the rows of a block, under max, [32]; and of one row's dots with a user's queries, in groups of 16.
+  void bounds_of_block(int64_t user, int64_t begin, float* bounds);
+  void bounds_of_row(int64_t user, int64_t row, float* bounds);
+
+  const ScanCounts& counts() const { return counts_; }
+
+ private:
+  struct Chosen {
+    int64_t row, user, count;
+  };
+
+  void sum_blocks(int64_t user, int64_t begin, int64_t blocks, Ahead ahead);
+  uint32_t prune(int64_t user, int64_t begin, int64_t row, const float* bias, float* bounds);
+  int64_t groups_of(int64_t user) const;
+  void keep(const Survivor& survivor);
+  void rescore(AlignedVector<Survivor>& pairs);
+  int64_t choose(const Survivor& pair, int32_t* chosen);
+  CodedRow coded_row(int64_t row);
+  const char* block_of(int64_t row) const;
+  float bias_of_row(int64_t row);
+  void fetch(const char* from, int64_t bytes) const;
+  void fetch_row(int64_t row) const;
+
+  const Group& group_;
+  const ScanRequest& request_;
+  const Kernels& kernels_;
+  const Codes& codes_;
+  const QueryCodes& queries_;
+  const int64_t r_;
+  Workspace& work_;
+  Results& results_;
+  const int slot_;
+  ScanCounts counts_;
+};
+
+}  // namespace urm

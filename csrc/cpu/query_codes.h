@@ -1,0 +1,39 @@
+// A group's queries as codes: rotated, rounded to 8 bits with one step a user.
+#pragma once
+
+#include "aligned.h"
+#include "code_kernels.h"
+#include "kernels.h"
+#include "queries.h"
+
+namespace urm {
+
+// A packed table's codes; `bits` is 0 where there are none.
+struct Codes {
+  int bits = 0;
+  const char* blocks = nullptr;
+  int64_t count = 0;           // of blocks
+  const char* fine = nullptr;  // or null
+  Rotation rotation;
+  float lost_reference = 0, norm_reference = 0;
+
+  int64_t rows() const { return count * kBlockRows; }
+};
+
+struct QueryCodes {
+  AlignedVector<int8_t> codes;          // [groups][quads][16][4], see CodeSums
+  AlignedVector<int32_t> starts;        // [groups * 16] of a scan's sums: slack, less offset * sum
+  AlignedVector<int32_t> row_starts;    // of one row's sums, which have no slack
+  AlignedVector<float> kept, lost;      // [groups * 16]
+  AlignedVector<int64_t> first_group;   // of each user
+  AlignedVector<CodeBound> bounds;      // likewise
+  int64_t most_groups = 0;              // of a user
+
+  bool empty() const { return bounds.empty(); }
+};
+
+// Empty where some query is too long, or not finite, for a certain bound.
+QueryCodes encode_queries(const PackedQueries& packed, int64_t users, int64_t padded, const Codes& codes,
+                          const Kernels& kernels);
+
+}  // namespace urm

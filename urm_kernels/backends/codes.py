@@ -1,0 +1,81 @@
+"""Codes of a packed table as tensors: what csrc/common/codes.h describes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 32  # rows
+QUAD = 4  # elements whose products a 32-bit lane adds
+SIDE_BYTES = 8  # of a row: scale, lost, norm
+MAX_WIDTH = 8192  # up to here sums of products fit 32 bits
+STEPS = {True: 3, False: 6}  # of a rotation, by whether r is a power of two
+
+
+class Codes(NamedTuple):
+    """Low-bit copies of rows, from which certain upper bounds follow.
+
+    rotation: float32 [steps, p], random signs. reference: float32 [2], of lost and norm: what most rows exceed.
+    blocks: uint8 [N // 32, bytes of a block]; the last N % 32 rows have no codes. fine: uint8 [N, bytes of a row] or None,
+    8-bit codes for the survivors of 4-bit ones.
+    """
+
+    rotation: Tensor
+    reference: Tensor
+    blocks: Tensor
+    fine: Tensor | None = None
+
+
+def quads(r: int) -> int:
+    return -(-r // QUAD)
+
+
+def block_bytes(r: int, bits: int) -> int:
+    return quads(r) * QUAD * BLOCK * bits // 8 + BLOCK * SIDE_BYTES
+
+
+def fine_bytes(r: int) -> int:
+    return quads(r) * QUAD + SIDE_BYTES
+
+
+def bits_of(codes: Codes, r: int) -> int:
+    """4 or 8, of the blocks."""
+    return 4 if codes.blocks.shape[1] == block_bytes(r, 4) else 8
+
+
+def hadamard_size(r: int) -> int:
+    """The largest power of two that is not above r."""
+    return 1 << (max(r, 1).bit_length() - 1)
+
+
+def new_codes(rows: int, r: int, kinds: tuple[str, ...], seed: int, device: torch.device) -> Codes:
+    """Room for codes of a table, with the rotation of a seed."""
+    random = torch.Generator().manual_seed(seed)
+    p = hadamard_size(r)
+    signs = torch.randint(2, (STEPS[p == r], p), generator=random).mul_(2).sub_(1).float().to(device)
+    blocks = torch.empty((rows // BLOCK, block_bytes(r, int(kinds[0][3:]))), dtype=torch.uint8, device=device)
+    fine = torch.empty((rows, fine_bytes(r)), dtype=torch.uint8, device=device) if len(kinds) == 2 else None
+    return Codes(signs, torch.zeros(2, device=device), blocks, fine)
+
+
+def sides(codes: Codes, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale, lost and norm [N // 32, 32] of every coded row, as views."""
+    at = block_bytes(r, bits_of(codes, r)) - BLOCK * SIDE_BYTES
+    scale = codes.blocks[:, at : at + 4 * BLOCK].view(torch.float32)
+    lost = codes.blocks[:, at + 4 * BLOCK : at + 6 * BLOCK].view(torch.float16)
+    return scale, lost, codes.blocks[:, at + 6 * BLOCK :].view(torch.float16)
+
+
+def references(codes: Codes, r: int) -> Tensor:
+    """The 10 % quantiles of lost and norm in a sample of the blocks, float32 [2]."""
+    if not len(codes.blocks):
+        return torch.zeros(2, device=codes.blocks.device)
+    sample = codes._replace(blocks=codes.blocks[:: max(1, len(codes.blocks) // 2048)])
+    lost, norm = (part.flatten().float() for part in sides(sample, r)[1:])
+    finite = torch.isfinite(norm) & (norm > 0)
+    if not finite.any():
+        return torch.zeros(2, device=codes.blocks.device)
+    at = (int(finite.sum()) - 1) // 10 + 1
+    return torch.stack([part[finite].kthvalue(at).values for part in (lost, norm)])
