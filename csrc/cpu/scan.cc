@@ -11,18 +11,12 @@
 namespace urm {
 namespace {
 
-constexpr int64_t kGroupBufferBytes = 64 << 20;  // running top-k buffers of a group, all threads together
+constexpr int64_t kGroupBufferBytes = 64 << 20;  // running top-k buffers of a group
 
-// The threads' buffers of one user, merged, cut to k and written out. Returns how many rows they held.
-int64_t write_user(const TopKRequest& request, const Group& group, TopKResults& results, int64_t user) {
-  uint64_t* keys = results.keys_of(user);
-  int64_t found = 0;
-  for (int slot = 0; slot < group.threads; ++slot) {
-    const TopKBuffer& buffer = results.buffer(slot, user);
-    std::copy(buffer.keys(), buffer.keys() + buffer.size(), keys + found);
-    found += buffer.size();
-  }
-  const int64_t k = std::min(request.k, found);
+// A user's keys, cut to k and written out. Returns how many there were.
+int64_t write_user(const TopKRequest& request, const Group& group, TopKBuffer& best, int64_t user) {
+  uint64_t* keys = best.keys();
+  const int64_t found = best.size(), k = std::min(request.k, found);
   if (k < found) std::nth_element(keys, keys + k, keys + found, std::greater<uint64_t>());
   if (request.sorted) std::sort(keys, keys + k, std::greater<uint64_t>());
   float* scores = request.scores + (group.first_user + user) * request.k;
@@ -44,13 +38,13 @@ bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t
   const int64_t n = request.items.rows, k = std::min(request.k, n);
   TopKResults results(group, k, topk_buffer_capacity(k, n));
   for (int64_t user = 0; user < static_cast<int64_t>(guesses.size()); ++user)
-    for (int slot = 0; slot < group.threads; ++slot) results.buffer(slot, user).raise_floor(lowest_key(guesses[user]));
+    results.raise_floor(user, lowest_key(guesses[user]));
   if (k && !run_scan(group, results)) return false;
   std::atomic<int64_t> next_user{0};
   AlignedVector<int64_t> found(group.users);
   run_parallel(static_cast<int>(std::min<int64_t>(group.threads, group.users)), [&](int) {
     for (int64_t user; (user = next_user.fetch_add(1)) < group.users;)
-      found[user] = write_user(request, group, results, user);
+      found[user] = write_user(request, group, results.best(user), user);
   });
   for (int64_t user = 0; user < static_cast<int64_t>(guesses.size()); ++user) {
     const bool refuted = found[user] < request.k && guesses[user] > -std::numeric_limits<float>::infinity();
@@ -66,7 +60,7 @@ bool scan_topk(const TopKRequest& request) {
   const QueriesView& queries = request.queries;
   const int64_t padded = padded_columns(queries);
   const int64_t capacity = topk_buffer_capacity(std::min(request.k, request.items.rows), request.items.rows);
-  const int64_t by_memory = kGroupBufferBytes / (8 * capacity * std::max(request.threads, 1));
+  const int64_t by_memory = kGroupBufferBytes / (8 * capacity);
   const int64_t users = std::max<int64_t>(1, std::min(users_of_group(queries), by_memory));
   for (int64_t first = 0; first < queries.users; first += users)
     if (!scan_group(request, first, std::min(queries.users, first + users), padded, true)) return false;

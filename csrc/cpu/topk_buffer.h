@@ -1,8 +1,7 @@
-// The running k best keys of one user as seen by one thread: an unordered buffer, cut back to k when it is full.
+// The running k best keys of one user: an unordered buffer, cut back to k when it is full.
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <limits>
@@ -11,9 +10,9 @@
 
 namespace urm {
 
-// Room for a cut to pay: twice k, and no more than can ever arrive.
+// Room for a cut to pay, without leaving the floor behind for long; no more than can ever arrive.
 inline int64_t topk_buffer_capacity(int64_t k, int64_t rows) {
-  return std::max<int64_t>(1, std::min(std::max<int64_t>(2 * k, k + 64), rows));
+  return std::max<int64_t>(1, std::min(k + std::max<int64_t>(k / 8, 64), rows));
 }
 
 class TopKBuffer {
@@ -33,7 +32,7 @@ class TopKBuffer {
     keys_[size_++] = key;
   }
 
-  // Takes over a bound that another thread has proven: k rows with keys not below `floor` exist.
+  // Takes over a bound: k rows with keys not below `floor` exist.
   void raise_floor(uint64_t floor) {
     if (floor <= floor_) return;
     floor_ = floor;
@@ -49,7 +48,7 @@ class TopKBuffer {
   }
 
   uint64_t floor() const { return floor_; }
-  const uint64_t* keys() const { return keys_; }
+  uint64_t* keys() { return keys_; }
   int64_t size() const { return size_; }
 
  private:
@@ -60,11 +59,5 @@ class TopKBuffer {
   uint64_t floor_ = kNoKey;
   float threshold_ = -std::numeric_limits<float>::infinity();
 };
-
-inline void raise_shared_floor(std::atomic<uint64_t>& shared, uint64_t floor) {
-  uint64_t seen = shared.load(std::memory_order_relaxed);
-  while (seen < floor && !shared.compare_exchange_weak(seen, floor, std::memory_order_relaxed)) {
-  }
-}
 
 }  // namespace urm

@@ -1,7 +1,11 @@
-// What a scan for the top k keeps: each thread's running best of every user, and the floors that threads share.
+// What a scan for the top k keeps: the running best of every user, which threads share, and what each thread has found
+// since it last looked there.
 #pragma once
 
 #include <atomic>
+#include <limits>
+#include <mutex>
+#include <vector>
 
 #include "group.h"
 #include "topk_buffer.h"
@@ -11,51 +15,98 @@ namespace urm {
 class TopKResults {
  public:
   TopKResults(const Group& group, int64_t k, int64_t capacity)
-      : group_(group), capacity_(capacity), keys_(group.users * group.threads * capacity), floors_(group.users) {
-    for (auto& floor : floors_) floor.store(kNoKey, std::memory_order_relaxed);
-    for (int slot = 0; slot < group.threads; ++slot)
-      for (int64_t user = 0; user < group.users; ++user)
-        buffers_.emplace_back(keys_of(user) + slot * capacity, k, capacity);
+      : group_(group),
+        keys_(group.users * capacity),
+        fresh_keys_(group.threads * group.users * kFresh),
+        best_(group.users),
+        fresh_(group.threads * group.users) {
+    for (int64_t user = 0; user < group.users; ++user)
+      best_[user].buffer = TopKBuffer(keys_.data() + user * capacity, k, capacity);
+    for (std::size_t i = 0; i < fresh_.size(); ++i) fresh_[i].keys = fresh_keys_.data() + i * kFresh;
   }
 
-  TopKBuffer& buffer(int slot, int64_t user) { return buffers_[slot * group_.users + user]; }
-  uint64_t* keys_of(int64_t user) { return keys_.data() + user * group_.threads * capacity_; }
+  // Before the scan: only what reaches this is of use.
+  void raise_floor(int64_t user, uint64_t floor) {
+    best_[user].buffer.raise_floor(floor);
+    best_[user].floor.store(floor, std::memory_order_relaxed);
+  }
+
+  // After the scan: all that is left.
+  TopKBuffer& best(int64_t user) { return best_[user].buffer; }
 
   // Scores below this are of no use.
-  float threshold(int slot, int64_t user) { return buffer(slot, user).threshold(); }
+  float threshold(int slot, int64_t user) { return fresh(slot, user).threshold; }
 
   // Scores of the lanes of a tile that reach the threshold.
   void take(int slot, int64_t user, int64_t row, uint32_t lanes, const float* scores) {
-    TopKBuffer& buffer = this->buffer(slot, user);
     for (; lanes; lanes &= lanes - 1) {
       const int i = __builtin_ctz(lanes);
       const uint64_t key = pack_key(scores[i], static_cast<uint32_t>(row + i));
-      if (key >= buffer.floor() && group_.request.filter.allows(group_.first_user + user, row + i)) buffer.push(key);
+      if (key >= fresh(slot, user).floor && group_.request.filter.allows(group_.first_user + user, row + i))
+        push(slot, user, key);
     }
   }
 
   // One score of an allowed row.
   void take_one(int slot, int64_t user, int64_t row, float score) {
-    TopKBuffer& buffer = this->buffer(slot, user);
     const uint64_t key = pack_key(score, static_cast<uint32_t>(row));
-    if (key >= buffer.floor()) buffer.push(key);
+    if (key >= fresh(slot, user).floor) push(slot, user, key);
   }
 
   void adopt(int slot) {
     for (int64_t user = 0; user < group_.users; ++user)
-      buffer(slot, user).raise_floor(floors_[user].load(std::memory_order_relaxed));
+      fresh(slot, user).raise(best_[user].floor.load(std::memory_order_relaxed));
   }
 
   void publish(int slot) {
-    for (int64_t user = 0; user < group_.users; ++user) raise_shared_floor(floors_[user], buffer(slot, user).floor());
+    for (int64_t user = 0; user < group_.users; ++user)
+      if (fresh(slot, user).size) merge(slot, user);
   }
 
  private:
+  static constexpr int64_t kFresh = 64;  // keys that a thread keeps to itself
+
+  struct Fresh {
+    uint64_t* keys = nullptr;
+    int64_t size = 0;
+    uint64_t floor = kNoKey;
+    float threshold = -std::numeric_limits<float>::infinity();
+
+    void raise(uint64_t above) {
+      if (above <= floor) return;
+      floor = above;
+      threshold = key_score(above);
+    }
+  };
+
+  struct Best {
+    std::mutex mutex;
+    TopKBuffer buffer;
+    std::atomic<uint64_t> floor{kNoKey};
+  };
+
+  Fresh& fresh(int slot, int64_t user) { return fresh_[slot * group_.users + user]; }
+
+  void push(int slot, int64_t user, uint64_t key) {
+    Fresh& fresh = this->fresh(slot, user);
+    fresh.keys[fresh.size++] = key;
+    if (fresh.size == kFresh) merge(slot, user);
+  }
+
+  void merge(int slot, int64_t user) {
+    Fresh& fresh = this->fresh(slot, user);
+    Best& best = best_[user];
+    const std::lock_guard<std::mutex> lock(best.mutex);
+    for (int64_t i = 0; i < fresh.size; ++i) best.buffer.push(fresh.keys[i]);
+    fresh.size = 0;
+    fresh.raise(best.buffer.floor());
+    best.floor.store(best.buffer.floor(), std::memory_order_relaxed);
+  }
+
   const Group& group_;
-  const int64_t capacity_;
-  AlignedVector<uint64_t> keys_;       // [users, threads, capacity]
-  AlignedVector<TopKBuffer> buffers_;  // [threads, users]
-  AlignedVector<std::atomic<uint64_t>> floors_;
+  AlignedVector<uint64_t> keys_, fresh_keys_;
+  std::vector<Best> best_;      // [users]
+  AlignedVector<Fresh> fresh_;  // [threads, users]
 };
 
 }  // namespace urm
