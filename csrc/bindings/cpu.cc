@@ -11,6 +11,7 @@
 #include "../cpu/candidates.h"
 #include "../cpu/ceilings.h"
 #include "../cpu/encode.h"
+#include "../cpu/large_pages.h"
 #include "../cpu/partition_gradient.h"
 #include "../cpu/rows.h"
 #include "../cpu/scan.h"
@@ -285,6 +286,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("threads", &chosen_threads, "Threads a call may use: URM_NUM_THREADS, or the number given (torch's).");
   m.def("score_topk", &score_topk, "Counts of the scan are added to three int64 at an address, where one is given.");
   m.def("encode_blocks", &encode_blocks, "Codes of all whole blocks of the items.");
+  m.def(
+      "ask_for_large_pages", [](uintptr_t memory, int64_t bytes) { urm::ask_for_large_pages(at<void>(memory), bytes); },
+      "A hint for memory that has not been written yet.");
   m.def("encode_rows", &encode_rows, "Codes of rows into their places.");
   m.def("log_partition", &log_partition);
   m.def("log_partition_backward", &log_partition_backward);

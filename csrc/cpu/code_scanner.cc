@@ -19,15 +19,16 @@ int64_t CodeScanner<Results>::scan(int64_t begin, int64_t end) {
     if (group_.packed.start[user + 1] == group_.packed.start[user]) continue;
     sum_blocks(user, begin, blocks, ahead);
     ahead = {nullptr, 0};
-    for (int64_t row = 0; row < end - begin; row += kLanes) {
-      float bounds[kLanes];
-      for (uint32_t lanes = prune(user, begin, row, bias, bounds); lanes; lanes &= lanes - 1) {
-        const int i = __builtin_ctz(lanes);
-        if (!request_.filter.allows(group_.first_user + user, begin + row + i)) continue;
-        keep({begin + row + i, user, bounds[i]});
+    float bounds[kStretchBlocks * kBlockRows];
+    uint32_t survivors[kStretchBlocks];
+    prune(user, begin, blocks, bias, bounds, survivors);
+    for (int64_t b = 0; b < blocks; ++b)
+      for (uint32_t left = survivors[b]; left; left &= left - 1) {
+        const int64_t i = b * kBlockRows + __builtin_ctz(left);
+        if (!request_.filter.allows(group_.first_user + user, begin + i)) continue;
+        keep({begin + i, user, bounds[i]});
         ++survived;
       }
-    }
   }
   counts_.bytes += blocks * stride;
   counts_.survivors += survived;
@@ -45,23 +46,23 @@ void CodeScanner<Results>::sum_blocks(int64_t user, int64_t begin, int64_t block
           group_.packed.start[user + 1] - group_.packed.start[user], ahead, work_.largest_sums.data());
 }
 
-// Of the 16 rows from begin + row on, whose sums are there, those that may reach the user's threshold.
+// Of blocks whose sums are there, the rows that may reach the user's threshold.
 template <class Results>
-uint32_t CodeScanner<Results>::prune(int64_t user, int64_t begin, int64_t row, const float* bias, float* bounds) {
-  BlockSide side = side_of(block_of(begin + row), block_code_bytes(r_, codes_.bits));
-  const int64_t lane = row % kBlockRows;
-  side.scale += lane, side.lost += lane, side.norm += lane;
+void CodeScanner<Results>::prune(int64_t user, int64_t begin, int64_t blocks, const float* bias, float* bounds,
+                                 uint32_t* survivors) {
   float relative = 0, offset = 0;
   if (request_.reduce == Reduce::kLogSumExp)
     log_sum_exp_excess(group_.packed.start[user + 1] - group_.packed.start[user], &relative, &offset);
-  return kernels_.prune_codes(work_.largest_sums.data() + row, side, queries_.bounds[user], relative, offset,
-                              bias ? bias + row : nullptr, results_.threshold(slot_, user), bounds);
+  kernels_.prune_codes(work_.largest_sums.data(), block_of(begin) + block_code_bytes(r_, codes_.bits),
+                       block_bytes(r_, codes_.bits), blocks, queries_.bounds[user], relative, offset, bias,
+                       results_.threshold(slot_, user), bounds, survivors);
 }
 
 template <class Results>
 void CodeScanner<Results>::bounds_of_block(int64_t user, int64_t begin, float* bounds) {
   sum_blocks(user, begin, 1, Ahead{nullptr, 0});
-  for (int64_t row = 0; row < kBlockRows; row += kLanes) prune(user, begin, row, nullptr, bounds + row);
+  uint32_t survivors;
+  prune(user, begin, 1, nullptr, bounds, &survivors);
 }
 
 template <class Results>

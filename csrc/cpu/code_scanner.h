@@ -39,7 +39,7 @@ class CodeScanner {
   };
 
   void sum_blocks(int64_t user, int64_t begin, int64_t blocks, Ahead ahead);
-  uint32_t prune(int64_t user, int64_t begin, int64_t row, const float* bias, float* bounds);
+  void prune(int64_t user, int64_t begin, int64_t blocks, const float* bias, float* bounds, uint32_t* survivors);
   int64_t groups_of(int64_t user) const;
   void keep(const Survivor& survivor);
   void rescore(AlignedVector<Survivor>& pairs);

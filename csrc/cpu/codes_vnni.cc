@@ -11,14 +11,14 @@ constexpr int kRegister = 64;           // bytes: four elements of 16 rows
 constexpr int kIntoSecondLevel = 2;     // of prefetches, as in kernels_template.h
 constexpr int kMostQueries = 8;         // multiplied with a block at a time
 
-// Memory to be fetched, some lines at every step.
+// Memory to be fetched, spread evenly over `steps` steps.
 struct Fetch {
   const char* next;
-  const char* end;
-  int64_t lines;
+  int64_t lines, steps;
+  int64_t due = 0;
 
   __attribute__((always_inline)) inline void step() {
-    for (int64_t i = 0; i < lines && next < end; ++i, next += kCacheLine) __builtin_prefetch(next, 0, kIntoSecondLevel);
+    for (due += lines; due >= steps; due -= steps, next += kCacheLine) __builtin_prefetch(next, 0, kIntoSecondLevel);
   }
 };
 
@@ -60,7 +60,7 @@ void largest4_of(const char* codes, int64_t stride, int64_t quads, const int8_t*
         both[q][b] = _mm512_dpbusd_epi32(both[q][b], x[b], u);
       }
     }
-    if (Q * Blocks > 8 || quad % 4 == 0) fetch.step();
+    fetch.step();
   }
   for (int b = 0; b < Blocks; ++b) {
     __m512i low_most = low[0][b], high_most = _mm512_srai_epi32(_mm512_sub_epi32(both[0][b], low[0][b]), 4);
@@ -120,8 +120,11 @@ void some_queries(const char* codes, int64_t stride, int64_t blocks, int64_t qua
 template <int Bits>
 void largest(const char* codes, int64_t stride, int64_t blocks, int64_t quads, const int8_t* queries,
              const int32_t* starts, int64_t count, Ahead ahead, int32_t* largest) {
-  const int64_t steps = (count + kMostQueries - 1) / kMostQueries * blocks * quads;
-  Fetch fetch{ahead.address, ahead.address + ahead.lines * kCacheLine, (4 * ahead.lines + steps - 1) / steps};
+  const auto calls = [=](int64_t together) { return blocks / together + blocks % together; };
+  const int64_t rest = count % kMostQueries;
+  const int64_t passes = count / kMostQueries * blocks + (rest & 4 ? calls(2) : 0) + (rest & 2 ? calls(4) : 0) +
+                         (rest & 1 ? calls(4) : 0);
+  Fetch fetch{ahead.address, ahead.lines, passes * quads};
   for (int64_t q = 0; q < count;) {
     const int8_t* group = queries + (q / kLanes * quads * kLanes + q % kLanes) * kQuad;
     const int64_t left = count - q;

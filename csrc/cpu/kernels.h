@@ -90,9 +90,11 @@ struct Kernels {
   void (*encode_panel)(float* panel, int64_t r, const float* largest_before, int bits, EncodedRows* out);
   void (*largest_of_panel)(const float* panel, int64_t r, float* largest);
 
-  // Upper bounds of 16 rows of a block, whose part of the largest sums and of the side is given; as prune_bound.
-  uint32_t (*prune_codes)(const int32_t* sums, BlockSide side, const CodeBound& user, float relative, float offset,
-                          const float* bias, float threshold, float* bounds);
+  // Upper bounds of `blocks` blocks from their largest sums, as prune_bound: bounds [blocks, 32], and the set of rows of
+  // each block whose bound is not below `threshold`. sides: where the first block's codes end.
+  void (*prune_codes)(const int32_t* sums, const char* sides, int64_t stride, int64_t blocks, const CodeBound& user,
+                      float relative, float offset, const float* bias, float threshold, float* bounds,
+                      uint32_t* survivors);
 
   // Upper bounds of one row's dots with 16 queries.
   void (*bounds_of_queries)(const int32_t* sums, const float* kept, const float* lost, const CodedRow& row,

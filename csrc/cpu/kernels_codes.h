@@ -192,23 +192,30 @@ struct CodeKernelsOf {
     }
   }
 
-  // Bounds of 16 rows of a block from a user's largest sums; see Kernels.
-  static uint32_t prune_codes(const int32_t* sums, BlockSide side, const CodeBound& user, float relative, float offset,
-                              const float* bias, float threshold, float* bounds) {
-    const char* lost = reinterpret_cast<const char*>(side.lost);
-    const char* norm = reinterpret_cast<const char*>(side.norm);
-    const V e = V::widen(lost, DType::kFloat16, 0), n = V::widen(norm, DType::kFloat16, 0);
-    const V more_lost = V::max(V::add(e, V::broadcast(-user.lost_reference)), V::zero());
-    const V more_norm = V::max(V::add(n, V::broadcast(-user.norm_reference)), V::zero());
-    V bound = V::multiply(V::from_integers(sums), V::broadcast(user.step));
-    bound = V::fma(more_lost, V::broadcast(user.kept), bound);
-    bound = V::fma(more_norm, V::broadcast(user.lost), bound);
-    bound = V::fma(n, V::broadcast(user.error), bound);
-    bound = V::fma(bound, V::load(side.scale), V::broadcast(user.underflow));
-    if (relative) bound = V::add(V::fma(V::abs(bound), V::broadcast(relative), bound), V::broadcast(offset));
-    if (bias) bound = V::add(bound, V::load(bias));
-    bound.store(bounds);
-    return ~V::less(bound, V::broadcast(threshold)) & 0xFFFFu;
+  // Bounds of blocks from a user's largest sums; see Kernels.
+  static void prune_codes(const int32_t* sums, const char* sides, int64_t stride, int64_t blocks, const CodeBound& user,
+                          float relative, float offset, const float* bias, float threshold, float* bounds,
+                          uint32_t* survivors) {
+    const V step = V::broadcast(user.step), kept = V::broadcast(user.kept), lost = V::broadcast(user.lost);
+    const V error = V::broadcast(user.error), underflow = V::broadcast(user.underflow), least = V::broadcast(threshold);
+    const V no_lost = V::broadcast(-user.lost_reference), no_norm = V::broadcast(-user.norm_reference);
+    for (int64_t b = 0; b < blocks; ++b, sides += stride) {
+      survivors[b] = 0;
+      for (int half = 0; half < kBlockRows; half += kLanes, sums += kLanes, bounds += kLanes) {
+        const float* scale = reinterpret_cast<const float*>(sides) + half;
+        const V e = V::widen(sides + kBlockRows * 4, DType::kFloat16, half);
+        const V n = V::widen(sides + kBlockRows * 6, DType::kFloat16, half);
+        V bound = V::multiply(V::from_integers(sums), step);
+        bound = V::fma(V::max(V::add(e, no_lost), V::zero()), kept, bound);
+        bound = V::fma(V::max(V::add(n, no_norm), V::zero()), lost, bound);
+        bound = V::fma(n, error, bound);
+        bound = V::fma(bound, V::load(scale), underflow);
+        if (relative) bound = V::add(V::fma(V::abs(bound), V::broadcast(relative), bound), V::broadcast(offset));
+        if (bias) bound = V::add(bound, V::load(bias + b * kBlockRows + half));
+        bound.store(bounds);
+        survivors[b] |= (~V::less(bound, least) & 0xFFFFu) << half;
+      }
+    }
   }
 
   // Bounds of one row for 16 queries, from their own lengths.
