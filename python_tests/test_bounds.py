@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support import HALVES, INF, NAN, REDUCTIONS, assert_same_bits, packed
 
 from urm_kernels import score_topk
-from urm_kernels.backends import cpu, reference
+from urm_kernels.backends import canonical, cpu
 from urm_kernels.testing import KINDS, available_backends, forced, make_items, make_queries
 
 QUIET = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -39,7 +39,7 @@ def bounds_of(queries, items):
 
 def dots_of(queries, rows):
     """[Q, N] twice: in float64, and canonical."""
-    return queries.double() @ rows.double().T, reference.canonical_dots(queries[:, None], rows[None]).double()
+    return queries.double() @ rows.double().T, canonical.canonical_dots(queries[:, None], rows[None]).double()
 
 
 def assert_never_below(queries, items, dots=None):

@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _convert_float
 
-from urm_kernels.backends.reference import fma32
+from urm_kernels.backends.canonical import fma32
 
 unmended = {name: getattr(InterpreterBuilder, name) for name in ("create_fma", "create_dot")}
 

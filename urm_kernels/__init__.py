@@ -4,8 +4,17 @@ Importing needs no GPU, no Triton and no compiler; see ``python -m urm_kernels``
 """
 
 from .interop import in_kind
-from .scoring import TopK, log_partition, score_candidates, score_topk
+from .scoring import ScanStats, TopK, log_partition, score_candidates, score_topk
 from .table import ItemTable
 
 __version__ = "0.1.0"
-__all__ = ["ItemTable", "TopK", "__version__", "in_kind", "log_partition", "score_candidates", "score_topk"]
+__all__ = [
+    "ItemTable",
+    "ScanStats",
+    "TopK",
+    "__version__",
+    "in_kind",
+    "log_partition",
+    "score_candidates",
+    "score_topk",
+]

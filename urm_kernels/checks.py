@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import codes as formats
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 REDUCTIONS = ("max", "sum", "mean", "logsumexp")
 MAX_ROWS = 2**32 - 1  # rows are 32 bits of a 64-bit key
@@ -198,6 +200,16 @@ def alive(bits: Tensor | None, rows: int) -> None:
     """The bits of a table's rows, of which no other number must have come by load_state_dict or functional_call."""
     if bits is not None and (bits.dtype != torch.uint8 or bits.dim() != 1 or bits.shape[0] != (rows + 7) // 8):
         raise ValueError(f"alive: uint8 of shape [{(rows + 7) // 8}] is wanted, {bits.dtype} {_shape(bits)} came")
+
+
+def codes(codes: tuple[Tensor, ...], items: Tensor) -> None:
+    """The codes of a table, which no other tensors must have replaced."""
+    if not codes:
+        return
+    rows, r = items.shape
+    blocks, wanted = codes[2], [formats.block_bytes(r, bits) for bits in (4, 8)]
+    if blocks.shape[0] != rows // formats.BLOCK or blocks.shape[1] not in wanted or blocks.dtype != torch.uint8:
+        raise ValueError(f"codes: {blocks.dtype} {_shape(blocks)} are no codes of {rows} rows of width {r}")
 
 
 def candidates(candidates: Tensor, users: int, device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import checks, ops
@@ -29,6 +30,21 @@ class TopK(NamedTuple):
         return in_kind(self, array)
 
 
+class ScanStats(NamedTuple):
+    """What a call did; nothing here waits for a device.
+
+    Attributes:
+        bytes_read: int64 scalar, of codes and rows.
+        survivors: int64 [2]: (user, item) pairs that the first bounds of a packed table could not rule out, and pairs
+            that were scored exactly, which without codes are all or, where rows are bounded on their way, few.
+        proven: bool [B], whether the user's result is certainly exact.
+    """
+
+    bytes_read: Tensor
+    survivors: Tensor
+    proven: Tensor
+
+
 def score_topk(
     queries: Tensor,
     items: Tensor | ItemTable,
@@ -42,6 +58,7 @@ def score_topk(
     exclude: Tensor | None = None,
     sorted: bool = True,
     sparse_grad: bool = False,
+    return_stats: bool = False,
     backend: str | None = None,
 ) -> TopK:
     """The k items of the largest ``reduce_m(queries[b, m] . items[i]) + bias[i]``, exactly, for every user b.
@@ -75,12 +92,13 @@ def score_topk(
             devices they exclude nothing, since looking would be waiting.
         sorted: False leaves the order within the k open.
         sparse_grad: the gradient of ``items`` is a coalesced COO tensor that holds the rows returned only.
+        return_stats: also return :class:`ScanStats`: what was read, what survived the bounds.
         backend: "cpu", "triton" or "reference", which raises where it cannot run the call; None takes what the
             environment variable URM_BACKEND names, else lets the library choose.
 
     Returns:
-        :class:`TopK`. ``scores`` carries gradients to queries, projection, items and bias; under "max" to the winning
-        query, the lowest m on ties.
+        :class:`TopK`; with ``return_stats`` a tuple of it and :class:`ScanStats`. ``scores`` carries gradients to
+        queries, projection, items and bias; under "max" to the winning query, the lowest m on ties.
 
     Raises:
         TypeError, ValueError: with the argument's name, what came and what was wanted.
@@ -92,9 +110,13 @@ def score_topk(
     k = checks.count("k", k)
     checks.flag("sorted", sorted)
     checks.flag("sparse_grad", sparse_grad)
-    backend = checks.backend(backend)
-    scores, ids = ops.score_topk(queries, *table, k, query_mask, reduce, mask, exclude, sorted, sparse_grad, backend)
-    return TopK(scores, ids)
+    checks.flag("return_stats", return_stats)
+    options = (query_mask, reduce, mask, exclude, sorted, sparse_grad, return_stats, checks.backend(backend))
+    scores, ids, counts = ops.score_topk(queries, *table, k, *options)
+    if not return_stats:
+        return TopK(scores, ids)
+    proven = torch.ones(users, dtype=torch.bool, device=ids.device)
+    return TopK(scores, ids), ScanStats(counts[0], counts[1:], proven)  # type: ignore[return-value]  # as asked for
 
 
 def score_candidates(
@@ -197,6 +219,7 @@ def _common(queries, items, projection, query_mask, reduce, bias) -> tuple[Servi
         checks.width("items", table.items, queries)
         checks.per_row("row_scale", table.row_scale, table.items.shape[0], queries.device)
         checks.alive(table.alive, table.items.shape[0])
+        checks.codes(table.codes, table.items)
     else:
         table = Serving(as_tensor("items", items), bias)
         queries = checks.queries(queries, projection)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, table_file
+from .backends.codes import Codes
 from .backends.table_view import rows_of_bits
 from .factorize import factorize
 from .interop import as_tensor, is_read_only
 from .names import Names, as_names
 from .table_changes import ROW_PARTS, ChangingTable
+from .table_codes import CODE_PARTS
 
 _PARTS = (*ROW_PARTS, "text_projection", "alive", "ids", "id_text", "id_offsets")
 
@@ -31,6 +33,8 @@ class Serving(NamedTuple):
     row_scale: Tensor | None = None
     alive: Tensor | None = None
     log: int = 0
+    codes: tuple[Tensor, ...] = ()
+    codes_from: int = 0
 
 
 class ItemTable(ChangingTable):
@@ -104,13 +108,17 @@ class ItemTable(ChangingTable):
         self.register_buffer("encoded", None, persistent=False)
         if names is not None:
             self._hold_names(names)
-        self._begin()
+        codes = None
+        if "code_blocks" in tensors:
+            codes = Codes(*(tensors.get(part) for part in CODE_PARTS))  # type: ignore[arg-type]
+        self._hold_codes(codes)
+        self._begin(same_rows=True)
 
     def _volatile(self) -> None:
         """What belongs to this object in this process, and is neither copied nor pickled."""
         self._lock, self._fetch = threading.RLock(), threading.RLock()
         self._room = {}
-        self._log = None
+        self._log = self._sum_from = self._codes_from = None
         _tables.add(self)
 
     def _hold(self, name: str, tensor: Tensor | None) -> None:
@@ -125,6 +133,8 @@ class ItemTable(ChangingTable):
         parts += [name for name in ("text", "row_scale", "bias") if getattr(self, name) is not None]
         if self._names is not None:
             parts.append("string ids" if self._names.are_strings else "ids")
+        if self.is_packed:
+            parts.append("packed")
         if self.alive is not None:
             parts.append(f"{rows - self.count()} removed")
         return ", ".join(parts)
@@ -158,10 +168,10 @@ class ItemTable(ChangingTable):
         with self._fetch:
             log = self._log
             # Whoever put another tensor in the place of a part (functional_call, say) reads that one.
-            held = log is not None and log.tensors["factors"].data_ptr() == self.factors.data_ptr()
-            return self._serving(log.key if held and log is not None else 0)
+            held = log is None or log.tensors["factors"].data_ptr() == self.factors.data_ptr()
+            return self._serving(log.key if held and log is not None else 0, held)
 
-    def _serving(self, log: int) -> Serving:
+    def _serving(self, log: int, held: bool = True) -> Serving:
         items, bias = self.factors, self.bias
         if self.trainable and not torch.is_grad_enabled():
             # An alias keeps the memory while the call runs, also where another one appends.
@@ -170,11 +180,16 @@ class ItemTable(ChangingTable):
             sources = (self.factors, self.text_projection)
             if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in sources):
                 return Serving(self._sum(self.factors, self.text), bias, self.row_scale, self.alive)
-            if not torch.compiler.is_compiling() and self._versions() != self._made_from:
+            if not torch.compiler.is_compiling() and not self._sum_is_fresh():
                 raise RuntimeError("items: factors, text or text_projection changed since refresh(): call refresh()")
             assert self.encoded is not None
             items = self.encoded
-        return Serving(items, bias, self.row_scale, self.alive, log)
+        table = Serving(items, bias, self.row_scale, self.alive, log)
+        codes = self.codes()
+        if codes is None or not held:
+            return table
+        assert self._codes_from is not None
+        return table._replace(codes=tuple(t for t in codes if t is not None), codes_from=self._codes_from.key)
 
     def to_external(self, ids: Tensor) -> Any:
         """The caller's names of result rows (int64, any shape): int64, pads stay -1, or for string ids a NumPy array of
@@ -204,7 +219,7 @@ class ItemTable(ChangingTable):
 
     def memory(self) -> dict[str, int]:
         """Bytes by part, with room for rows to come, and "total"."""
-        held = {name: getattr(self, name) for name in (*_PARTS, "encoded")}
+        held = {name: getattr(self, name) for name in (*_PARTS, *CODE_PARTS, "encoded")}
         used = {n: self._room.get(n, t).nbytes for n, t in held.items() if t is not None}
         if self._names is not None:
             used["index of ids"] = self._names.index_bytes()
@@ -216,6 +231,7 @@ class ItemTable(ChangingTable):
             if self._log is not None:
                 self._log.flush()
             tensors = {name: t.detach().clone() for name in _PARTS if (t := getattr(self, name)) is not None}
+            tensors |= {name: t.clone() for name in CODE_PARTS if (t := getattr(self, name)) is not None}
             return self._made(tensors, self.trainable)
 
     @classmethod
@@ -234,7 +250,8 @@ class ItemTable(ChangingTable):
         with self._lock:
             if self._log is not None:
                 self._log.flush()
-            tensors = {name: tensor for name in _PARTS if (tensor := getattr(self, name)) is not None}
+            parts = (*_PARTS, *CODE_PARTS)
+            tensors = {name: tensor for name in parts if (tensor := getattr(self, name)) is not None}
             table_file.write(path, tensors, *self.factors.shape)
 
     @classmethod
@@ -262,11 +279,12 @@ class ItemTable(ChangingTable):
         with self._lock:
             if self._log is not None:
                 self._log.flush()
+            dtype = self.factors.dtype
             super()._apply(fn, recurse)
             self._room.clear()
             if self._names is not None:
                 self._names = self._names.with_tensors(self.ids, self.id_text, self.id_offsets)
-            self._begin()
+            self._begin(same_rows=self.factors.dtype == dtype)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -317,7 +335,7 @@ class ItemTable(ChangingTable):
         if self._log is not None:
             self._log.flush()
         state = self.__dict__.copy()
-        for name in ("_lock", "_fetch", "_room", "_log", "_names"):
+        for name in ("_lock", "_fetch", "_room", "_log", "_names", "_sum_from", "_codes_from"):
             del state[name]
         return state
 
@@ -327,7 +345,7 @@ class ItemTable(ChangingTable):
         self._names = None
         if self.ids is not None or self.id_offsets is not None:
             self._names = Names(self.ids, self.id_text, self.id_offsets)
-        self._begin()
+        self._begin(same_rows=True)
 
 
 def _after_fork() -> None:

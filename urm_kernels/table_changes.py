@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import checks
+from .backends.codes import BLOCK
 from .backends.table_view import gather_rows, more_bits, rows_lie_apart, rows_of_bits, without_bits
+from .freshness import MadeFrom
 from .interop import as_tensor
 from .names import Names, as_names
+from .table_codes import PackableTable
 from .updates import UpdateLog, write_rows
 
 ROW_PARTS = ("factors", "text", "row_scale", "bias")  # one row an item
 
 
-class ChangingTable(nn.Module):
+class ChangingTable(PackableTable):
     """The part of :class:`urm_kernels.ItemTable` that changes it."""
 
-    factors: Tensor
     text: Tensor | None
     text_projection: Tensor | None
-    row_scale: Tensor | None
     bias: Tensor | None
     alive: Tensor | None
     ids: Tensor | None
     id_text: Tensor | None
     id_offsets: Tensor | None
-    encoded: Tensor | None
 
-    _lock: threading.RLock  # of writers, who may wait for readers while they hold it
-    _fetch: threading.RLock  # of readers while they take tensors that belong together, and of who replaces these
     _room: dict[str, Tensor]  # with room for further rows: parts are views of these
-    _log: UpdateLog | None
     _names: Names | None
     _read_only: int | None  # the address that a file is mapped to
-    _made_from: list[tuple[int, int]]
+    _sum_from: MadeFrom | None  # what `encoded` was made from
 
     def __len__(self) -> int:
         """Rows, removed ones included."""
@@ -51,19 +47,27 @@ class ChangingTable(nn.Module):
             setattr(self, name, None if tensor is None else tensor.to(device))
         self._names = names
 
-    def _begin(self) -> None:
-        """After every change of the tensors themselves: the sum of the parts, and a log for their updates."""
+    def _begin(self, *, same_rows: bool = False) -> None:
+        """After every change of the tensors themselves: the sum of the parts, codes (kept for the same rows), and a log
+        for their updates."""
         with self._fetch:
+            self._sum_from = None
             if self.text is not None:
                 self.encoded = self._encode(self.factors, self.text)
-            self._remember()
+                self._sum_from = MadeFrom(*self._summands())
+            # A sum formed anew may round otherwise.
+            if same_rows and self.text is None:
+                self._hold_codes(self.codes())
+            else:
+                self._renew_codes()
             tensors = {name: tensor for name in ROW_PARTS if (tensor := getattr(self, name)) is not None}
             if self.encoded is not None:
                 tensors["encoded"] = self.encoded
             # On a GPU calls and updates are in the order of their stream.
             self._log = None
             if self.factors.device.type == "cpu":
-                self._log = UpdateLog(tensors, "factors" if self.encoded is None else "encoded", self._own_write)
+                items = "factors" if self.encoded is None else "encoded"
+                self._log = UpdateLog(tensors, items, self._own_write, self._write_codes_of)
 
     def _encode(self, factors: Tensor, text: Tensor) -> Tensor:
         with torch.no_grad():
@@ -75,27 +79,36 @@ class ChangingTable(nn.Module):
         wide = torch.float64 if torch.float64 in dtypes else torch.float32
         return (factors.to(wide) + text.to(wide) @ self.text_projection.to(wide)).to(factors.dtype)
 
-    def _remember(self) -> None:
-        """What ``encoded`` was made from."""
-        self._made_from = self._versions()
+    def _summands(self) -> tuple[Tensor | None, ...]:
+        return self.factors, self.text, self.text_projection
+
+    def _sum_is_fresh(self) -> bool:
+        return self._sum_from is None or self._sum_from.fresh(*self._summands())
 
     @contextmanager
     def _own_write(self) -> Iterator[None]:
-        """Around a change that keeps V right where it was right before; readers look at this between changes only."""
-        if self.encoded is None:
+        """Around a change that keeps V and codes right where they were right before."""
+        with ExitStack() as both:
+            if self._sum_from is not None:
+                both.enter_context(self._sum_from.own_write(*self._summands()))
+            if self._codes_from is not None:
+                both.enter_context(self._codes_from.own_write(*self._coded()))
             yield
-            return
-        with self._fetch:
-            right = self._versions() == self._made_from
-            yield
-            if right:
-                self._remember()
 
-    def _versions(self) -> list[tuple[int, int]]:
-        if self.encoded is None:
-            return []
-        sources = (self.factors, self.text, self.text_projection)
-        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in sources if t is not None]
+    def _addresses(self) -> list[int]:
+        return [t.data_ptr() for t in (*self._summands(), *self._coded()) if t is not None]
+
+    def _follow(self) -> None:
+        """During an own write, after parts have moved to other memory."""
+        if self._sum_from is not None:
+            self._sum_from = self._sum_from.successor(*self._summands())
+        if self._codes_from is not None:
+            self._codes_from = self._codes_from.successor(*self._coded())
+
+    def _write_codes_of(self, rows: Tensor, values: dict[str, Tensor]) -> None:
+        items = values.get("encoded", values.get("factors"))
+        assert items is not None
+        self._write_codes(rows, items, values.get("row_scale"))
 
     @contextmanager
     def _changing(self, what: str) -> Iterator[None]:
@@ -107,13 +120,14 @@ class ChangingTable(nn.Module):
             yield
 
     def _check_fresh(self, what: str) -> None:
-        if self._versions() != self._made_from:
+        if not self._sum_is_fresh():
             raise RuntimeError(f"{what}: factors, text or text_projection changed since refresh(): call refresh()")
 
     def refresh(self) -> None:
-        """Forms V = factors + text @ text_projection anew, after training or an edit in place of either.
+        """Forms V = factors + text @ text_projection and the codes of a packed table anew, after training or an edit in
+        place.
 
-        Not while other threads read. Nothing to do for a table without text. Memory: V, and V in float32 meanwhile.
+        Not while other threads read. Nothing to do for a table with neither. Memory: V, and V in float32 meanwhile.
         """
         with self._lock:
             if self._log is not None:
@@ -153,9 +167,12 @@ class ChangingTable(nn.Module):
             if self._log is not None:
                 self._log.write(rows, values)
                 return
+            rows, order = rows.sort()
             with self._own_write():
                 for name, value in values.items():
-                    write_rows(getattr(self, name), rows, value)
+                    write_rows(getattr(self, name), rows, value[order])
+                items, row_scale = self._coded()
+                self._write_codes(rows, items[rows], None if row_scale is None else row_scale[rows])
 
     def _current(self, name: str, rows: Tensor) -> Tensor:
         if self._log is not None:
@@ -203,13 +220,32 @@ class ChangingTable(nn.Module):
                 with torch.no_grad():
                     for name, value in values.items():
                         grown[name][before:] = value
+                more_codes = self._with_more_codes(grown, before)
                 with self._fetch:
+                    addresses = self._addresses()
                     self._put(grown)
+                    self._put(more_codes)
+                    if self._addresses() != addresses:
+                        self._follow()
                     self.alive = alive
                     if names is not None:
                         self._hold_names(names)
                     self._move_log(grown)
         return torch.arange(before, before + count, device=self.factors.device)
+
+    def _with_more_codes(self, grown: dict[str, Tensor], before: int) -> dict[str, Tensor]:
+        """Parts of the codes for tensors that have grown."""
+        held = self.codes()
+        if held is None:
+            return {}
+        items = grown.get("encoded", grown["factors"])
+        blocks = len(items) // BLOCK
+        more = {"code_blocks": self._with_room("code_blocks", blocks)}
+        if held.fine is not None:
+            more["code_fine"] = self._with_room("code_fine", blocks * BLOCK)
+        codes = held._replace(blocks=more["code_blocks"], fine=more.get("code_fine"))
+        self._codes_of_more(codes, items, grown.get("row_scale"), before)
+        return more
 
     def _put(self, tensors: dict[str, Tensor]) -> None:
         """Replaces parts; a parameter stays the same object."""

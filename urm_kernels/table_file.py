@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .backends import codes as formats
 
-FORMAT = 2  # of the metadata; format 1 had no removed rows, texts, scales or strings, and is read as well
+FORMAT = 3  # of the metadata; 2 had no codes, 1 no removed rows, texts, scales or strings, and both are read as well
 _MAX_HEADER = 1 << 16  # bytes; a table's own is below 4 KiB
 
 _DTYPES = {
@@ -84,6 +85,8 @@ def read(path: Path, *, mmap: bool, device: str | torch.device) -> dict[str, Ten
         raise ValueError(f"path: {path} is damaged or no safetensors file: {error}") from error
     if not mmap and torch.device(device).type == "cpu":
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    if "code_rotation" in tensors and not (tensors["code_rotation"].abs() == 1).all():
+        raise ValueError(f"path: {path}: code_rotation holds other numbers than 1 and -1")
     return tensors
 
 
@@ -96,8 +99,8 @@ def validated(path: Path) -> list[str]:
         raise ValueError(f"path: {path} is a safetensors file, but not of an ItemTable (no urm_kernels metadata)")
     described = _parsed(path, text, "urm_kernels metadata")
     version, rows, rank = (described.get(key, -1) for key in ("format", "rows", "rank"))
-    if type(version) is not int or version not in (1, FORMAT):
-        raise ValueError(f"path: {path} has table format {version!r}; this version reads formats 1 and {FORMAT}")
+    if type(version) is not int or not 1 <= version <= FORMAT:
+        raise ValueError(f"path: {path} has table format {version!r}; this version reads formats 1 to {FORMAT}")
     if not (_is_size(rows) and _is_size(rank) and rows <= checks.MAX_ROWS):
         raise ValueError(f"path: {path} claims {rows!r} rows of {rank!r} factors")
     names = described.get("tensors")
@@ -110,6 +113,13 @@ def validated(path: Path) -> list[str]:
     shapes = {name: _check_tensor(path, name, header[name], wanted[name], data_bytes) for name in names}
     if "text" in shapes and shapes["text"][1] != shapes["text_projection"][0]:
         raise ValueError(f"path: {path}: text {shapes['text']} does not fit its projection {shapes['text_projection']}")
+    if "code_blocks" in shapes:
+        bytes_of_block = shapes["code_blocks"][1]
+        possible = [formats.block_bytes(rank, bits) for bits in (4, 8)]
+        if not 1 <= rank <= formats.MAX_WIDTH or bytes_of_block not in possible:
+            raise ValueError(f"path: {path}: blocks of {bytes_of_block} bytes are no codes of rows of width {rank}")
+        if header["factors"]["dtype"] == "F64" or ("code_fine" in shapes and bytes_of_block != possible[0]):
+            raise ValueError(f"path: {path} holds codes that no table has")
     return names
 
 
@@ -124,6 +134,12 @@ def _wanted(rows: int, rank: int) -> dict[str, _Wanted]:
         "ids": _Wanted(("I64",), [rows]),
         "id_text": _Wanted(("U8",), [None]),
         "id_offsets": _Wanted(("I64",), [rows + 1]),
+        "code_rotation": _Wanted(
+            ("F32",), [formats.STEPS[rank == formats.hadamard_size(rank)], formats.hadamard_size(rank)]
+        ),
+        "code_reference": _Wanted(("F32",), [2]),
+        "code_blocks": _Wanted(("U8",), [rows // formats.BLOCK, None]),
+        "code_fine": _Wanted(("U8",), [rows // formats.BLOCK * formats.BLOCK, formats.fine_bytes(rank)]),
     }
 
 
@@ -136,6 +152,9 @@ def _check_pairs(path: Path, names: set[str]) -> None:
     for one, other in (("text", "text_projection"), ("id_text", "id_offsets")):
         if (one in names) != (other in names):
             raise ValueError(f"path: {path}: {one} and {other} come together or not at all")
+    codes = {"code_rotation", "code_reference", "code_blocks"}
+    if names & {*codes, "code_fine"} and not codes <= names:
+        raise ValueError(f"path: {path}: {', '.join(sorted(codes))} come together or not at all")
     if "ids" in names and "id_text" in names:
         raise ValueError(f"path: {path}: ids are numbers or strings, not both")
 

@@ -43,14 +43,19 @@ class UpdateLog:
         tensors: by name, each [N, ...]; written in place.
         items: name of the tensor that scans read as the items; "bias" and "row_scale" are read by these names.
         around: entered while tensors are written.
+        written: called within, with the rows (ascending) and their new values, after each update.
     """
 
     def __init__(
-        self, tensors: dict[str, Tensor], items: str, around: Callable[[], AbstractContextManager[None]] = nullcontext
+        self,
+        tensors: dict[str, Tensor],
+        items: str,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+        written: Callable[[Tensor, dict[str, Tensor]], None] | None = None,
     ) -> None:
         self.key = next(_keys)
         self.tensors, self.items = tensors, items
-        self._around = around
+        self._around, self._written = around, written
         self._version = 0
         self._pending: list[_Update] = []
         self._overlay: Overlay | None = None
@@ -129,6 +134,8 @@ class UpdateLog:
                     for update in ready:
                         for name, value in update.values.items():
                             write_rows(self.tensors[name], update.rows, value)
+                        if self._written is not None:
+                            self._written(update.rows, update.values)
             finally:
                 with self._changed:
                     self._writing = False

@@ -18,8 +18,8 @@ class Codes(NamedTuple):
     """Low-bit copies of rows, from which certain upper bounds follow.
 
     rotation: float32 [steps, p], random signs. reference: float32 [2], of lost and norm: what most rows exceed.
-    blocks: uint8 [N // 32, bytes of a block]; the last N % 32 rows have no codes. fine: uint8 [N, bytes of a row] or None,
-    8-bit codes for the survivors of 4-bit ones.
+    blocks: uint8 [N // 32, bytes of a block]; the last N % 32 rows have no codes. fine: uint8 [N // 32 * 32, bytes of a
+    row] or None, 8-bit codes for the survivors of 4-bit ones.
     """
 
     rotation: Tensor
@@ -50,14 +50,11 @@ def hadamard_size(r: int) -> int:
     return 1 << (max(r, 1).bit_length() - 1)
 
 
-def new_codes(rows: int, r: int, kinds: tuple[str, ...], seed: int, device: torch.device) -> Codes:
-    """Room for codes of a table, with the rotation of a seed."""
+def rotation(r: int, seed: int) -> Tensor:
+    """float32 [steps, p], the random signs of a rotation."""
     random = torch.Generator().manual_seed(seed)
     p = hadamard_size(r)
-    signs = torch.randint(2, (STEPS[p == r], p), generator=random).mul_(2).sub_(1).float().to(device)
-    blocks = torch.empty((rows // BLOCK, block_bytes(r, int(kinds[0][3:]))), dtype=torch.uint8, device=device)
-    fine = torch.empty((rows, fine_bytes(r)), dtype=torch.uint8, device=device) if len(kinds) == 2 else None
-    return Codes(signs, torch.zeros(2, device=device), blocks, fine)
+    return torch.randint(2, (STEPS[p == r], p), generator=random).mul_(2).sub_(1).float()
 
 
 def sides(codes: Codes, r: int) -> tuple[Tensor, Tensor, Tensor]:

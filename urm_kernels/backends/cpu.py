@@ -15,6 +15,7 @@ from .codes import Codes
 from .table_view import ScanOptions, TableView
 
 ROW_SCALE = True  # whether rows may have a scale
+COUNTS = True  # whether it counts what a scan does
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}
 _REDUCE = {"max": 0, "sum": 1, "mean": 2, "logsumexp": 3}
 
@@ -79,6 +80,11 @@ def score_topk(
     return scores, ids
 
 
+def ask_for_large_pages(tensor: Tensor) -> None:
+    """A hint for memory that has not been written yet, and will be scanned."""
+    extension().ask_for_large_pages(tensor.data_ptr(), tensor.nbytes)
+
+
 def encode_blocks(items: Tensor, row_scale: Tensor | None, codes: Codes) -> None:
     """Writes the codes of all whole blocks of the items."""
     extension().encode_blocks(*_encoding(items, row_scale, codes), torch.get_num_threads())
@@ -106,7 +112,14 @@ def _codes(codes: Codes | None, r: int) -> tuple[Any, ...] | None:
         return None
     fine = 0 if codes.fine is None else codes.fine.data_ptr()
     blocks = codes.blocks
-    return formats.bits_of(codes, r), blocks.data_ptr(), len(blocks), fine, _rotation(codes, r), *codes.reference.tolist()
+    return (
+        formats.bits_of(codes, r),
+        blocks.data_ptr(),
+        len(blocks),
+        fine,
+        _rotation(codes, r),
+        *codes.reference.tolist(),
+    )
 
 
 def log_partition(queries: Tensor, table: TableView, options: ScanOptions, temperature: Tensor) -> Tensor:

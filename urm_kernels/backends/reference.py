@@ -1,121 +1,41 @@
 """The reference: every promise in plain torch, on any device. Specification and oracle, chunked, not fast.
 
-float32 results have the bits of every other backend: a float32 fused multiply-add is computed in float64, where the
-product is exact, and the one rounding of the sum is made safe for the second (to float32) by rounding to odd
-(S. Boldo and G. Melquiond, "Emulation of FMA and correctly rounded sums", IEEE Trans. Comput. 57(4), 2008).
-float64 input is computed by torch's own float64 operations and is for gradient checks.
+float32 results have the bits of every other backend (canonical.py). float64 input is computed by torch's own float64
+operations and is for gradient checks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..float_mode import default_float_mode
+from . import reference_codes
+from .canonical import (
+    LANES,
+    canonical_dots,
+    canonical_log,
+    canonical_log_sum_exp,
+    exp_polynomial,
+    minus_logarithms,
+    scalar,
+)
+from .codes import BLOCK, Codes
 from .table_view import ScanOptions, TableView, gather_rows, rows_of_bits
 
 ROW_SCALE = True  # whether rows may have a scale
-LANES = 16
+COUNTS = True  # whether it counts what a scan does
+encode_blocks, encode_rows = reference_codes.encode_blocks, reference_codes.encode_rows
 _CHUNK_DOTS = 1 << 16  # dots [B, M, rows] held at a time
 
 
 def why_not(device: torch.device, dtypes: Collection[torch.dtype]) -> str | None:
     """None: the reference takes every call."""
     return None
-
-
-def fma32(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """round(x y + z) in float32, rounded once; arguments are float32 and broadcast."""
-    product = x.double() * y.double()  # exact: 48 bits
-    addend = z.double()
-    total = product + addend
-    # TwoSum: what the float64 addition lost, exactly.
-    back = total - product
-    lost = (product - (total - back)) + (addend - back)
-    # Rounding to odd: an inexact sum whose last bit is even moves one step towards what was lost.
-    bits = total.view(torch.int64)
-    inexact = torch.isfinite(total) & (lost != 0) & ((bits & 1) == 0)
-    step = torch.where((lost > 0) == (total > 0), 1, -1)
-    return torch.where(inexact, bits + step, bits).view(torch.float64).float()
-
-
-def canonical_dots(queries: Tensor, rows: Tensor) -> Tensor:
-    """queries [..., r] . rows [..., r], leading dimensions broadcast, in the order of csrc/common/canonical_dot.h."""
-    if queries.dtype == torch.float64 or rows.dtype == torch.float64:
-        return (queries.double() * rows.double()).sum(-1)
-    r = queries.shape[-1]
-    shape = torch.broadcast_shapes(queries.shape, rows.shape)[:-1]
-    sums = torch.zeros((*shape, LANES), dtype=torch.float32, device=queries.device)
-    for first in range(0, r, LANES):
-        width = min(LANES, r - first)
-        part = slice(first, first + width)
-        sums[..., :width] = fma32(queries[..., part].float(), rows[..., part].float(), sums[..., :width])
-    for apart in (8, 4, 2, 1):
-        sums = sums[..., :apart] + sums[..., apart : 2 * apart]
-    return sums[..., 0]
-
-
-def _constant(value: float, like: Tensor) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32, device=like.device)
-
-
-def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
-    total = _constant(coefficients[0], x).expand_as(x)
-    for c in coefficients[1:]:
-        total = fma32(total, x, _constant(c, x))
-    return total
-
-
-def minus_logarithms(x: Tensor, n: Tensor) -> Tensor:
-    """x - n ln 2, the operations of csrc/common/log_sum_exp.h."""
-    return fma32(n, _constant(2.12194440e-4, x), fma32(n, _constant(-0.693359375, x), x))
-
-
-def exp_polynomial(f: Tensor) -> Tensor:
-    """exp(f) for small f, the operations of csrc/common/log_sum_exp.h."""
-    return _polynomial((1.98412698e-4, 1.38888889e-3, 8.33333333e-3, 4.16666667e-2, 1.66666667e-1, 0.5, 1.0, 1.0), f)
-
-
-def canonical_exp(x: Tensor) -> Tensor:
-    """exp(x) for x <= 0, the operations of csrc/common/log_sum_exp.h."""
-    small = ~(x >= -80.0)
-    x = x.masked_fill(small, 0.0)
-    magic = _constant(12582912.0, x)
-    n = fma32(x, _constant(1.44269504088896341, x), magic) - magic
-    p = exp_polynomial(minus_logarithms(x, n))
-    scale = ((n.to(torch.int32) + 127) << 23).view(torch.float32)
-    return (p * scale).masked_fill(small, 0.0)
-
-
-def canonical_log(s: Tensor) -> Tensor:
-    """log(s) for finite s >= 1, the operations of csrc/common/log_sum_exp.h."""
-    root_half = 0x3F3504F3
-    offset = s.view(torch.int32) - root_half
-    n = (offset >> 23).to(torch.float32)
-    g = ((offset & 0x007FFFFF) + root_half).view(torch.float32)
-    z = (g - 1.0) / (g + 1.0)
-    p = _polynomial((0.222222222, 0.285714286, 0.4, 0.666666667, 2.0), z * z)
-    low = fma32(n, _constant(-2.12194440e-4, s), z * p)
-    return fma32(n, _constant(0.693359375, s), low)
-
-
-def canonical_log_sum_exp(dots: Tensor, exists: Tensor) -> Tensor:
-    """log(sum over existing m of exp(dots[:, m])): dots [B, M, n], exists [B, M]."""
-    there = exists[..., None]
-    largest = dots.masked_fill(~there, -torch.inf).amax(1)
-    terms = canonical_exp(dots - largest[:, None])
-    total, excess = torch.zeros_like(largest), torch.zeros_like(largest)  # Kahan's sum
-    for m in range(dots.shape[1]):
-        term = terms[:, m] - excess
-        following = total + term
-        excess = torch.where(there[:, m], (following - total) - term, excess)
-        total = torch.where(there[:, m], following, total)
-    finite = torch.isfinite(largest)
-    return torch.where(finite, largest + canonical_log(total.masked_fill(~finite, 1.0)), largest)
 
 
 def combine_queries(queries: Tensor, exists: Tensor, reduce: str) -> tuple[Tensor, Tensor]:
@@ -155,38 +75,121 @@ class _Chunk(NamedTuple):
     allowed: Tensor  # bool [B, n]: may be returned, and are not NaN
 
 
-def _scored(queries: Tensor, table: TableView, options: ScanOptions) -> Iterator[_Chunk]:
-    """The scores of all rows, some rows at a time, ascending."""
+def _existing(queries: Tensor, query_mask: Tensor | None, reduce: str) -> tuple[Tensor, Tensor]:
+    """(queries that take part [B, M, r], which of them exist [B, M])."""
+    exists = torch.ones(queries.shape[:2], dtype=torch.bool, device=queries.device)
+    exists = exists if query_mask is None else query_mask
+    return combine_queries(queries, exists, reduce) if reduce in ("sum", "mean") else (queries, exists)
+
+
+def _scored(
+    queries: Tensor, table: TableView, options: ScanOptions, may_win: Callable[[slice], Tensor] | None = None
+) -> Iterator[_Chunk]:
+    """The scores of all rows, some rows at a time, ascending; of those alone that may still win for some user."""
     query_mask, reduce, mask, exclude = options
     users = queries.shape[0]
     dtype = _compute_dtype(queries, table.items)
-    queries = queries.to(dtype)
-    exists = torch.ones(queries.shape[:2], dtype=torch.bool, device=queries.device)
-    exists = exists if query_mask is None else query_mask
-    if reduce in ("sum", "mean"):
-        queries, exists = combine_queries(queries, exists, reduce)
+    queries, exists = _existing(queries.to(dtype), query_mask, reduce)
     if queries.shape[1] == 0 or users == 0:
         return
     step = max(LANES, _CHUNK_DOTS // (users * queries.shape[1]))
     for first in range(0, table.items.shape[0], step):
-        part = slice(first, first + step)
-        scale = None if table.row_scale is None else table.row_scale[part]
-        scores = reduce_dots(table_dots(queries, table.items[part], scale), exists, reduce)
+        part = slice(first, min(first + step, table.items.shape[0]))
+        rows = torch.arange(part.start, part.stop, device=queries.device)
+        allowed = allowed_rows(rows, users, mask, exclude, table.alive) & exists.any(1, keepdim=True)
+        if may_win is not None:
+            allowed &= may_win(part)
+            kept = allowed.any(0)
+            rows, allowed = rows[kept], allowed[:, kept]
+            if not len(rows):
+                continue
+        scale = None if table.row_scale is None else table.row_scale[rows]
+        scores = reduce_dots(table_dots(queries, gather_rows(table.items, rows), scale), exists, reduce)
         if table.bias is not None:
-            scores = scores + table.bias[part].to(dtype)
+            scores = scores + table.bias[rows].to(dtype)
         scores = scores + 0.0  # -0 becomes +0
-        rows = torch.arange(first, first + scores.shape[1], device=queries.device)
-        allowed = allowed_rows(rows, users, mask, exclude, table.alive)
-        yield _Chunk(rows, scores, allowed & exists.any(1, keepdim=True) & ~torch.isnan(scores))
+        yield _Chunk(rows, scores, allowed & ~torch.isnan(scores))
 
 
-def score_topk(queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
-    """See urm_kernels.score_topk; chunks of rows are scored and merged into the best k so far."""
+class _Bounds:
+    """Which rows of a packed table may still win: those whose bounds reach a user's threshold."""
+
+    def __init__(self, queries: Tensor, table: TableView, codes: Codes, options: ScanOptions, counts: Tensor) -> None:
+        self._table, self._codes, self._reduce, self._counts = table, codes, options.reduce, counts
+        asked, exists = _existing(queries, options.query_mask, options.reduce)
+        self._queries = reference_codes.encode_queries(asked, exists, codes)
+        self._exists = exists
+
+    def reach(self, part: slice, threshold: Tensor) -> Tensor:
+        """bool [B, rows of the part]."""
+        r, first, last = self._table.items.shape[1], part.start // BLOCK, -(-part.stop // BLOCK)
+        coded = min(last, len(self._codes.blocks))
+        shape = (len(threshold), part.stop - part.start)
+        bounds = torch.full(shape, torch.inf, dtype=torch.float64, device=threshold.device)
+        if first < coded:
+            rows = reference_codes.decode(self._codes, r, first, coded)
+            wanted = slice(part.start - first * BLOCK, min(part.stop, coded * BLOCK) - first * BLOCK)
+            rows = reference_codes.CodedRows(*(field[wanted] for field in rows))
+            largest = reference_codes.scan_bounds(self._queries, rows, self._codes, r)
+            bounds[:, : largest.shape[1]] = largest.where(self._queries.bounded[:, None], torch.inf)
+            self._counts[0] += (coded - first) * self._codes.blocks.shape[1]
+        certain = self._certain(part)
+        survivors = certain | self._reaches(bounds, part, threshold)
+        self._counts[1] += survivors.sum()
+        if self._codes.fine is not None and first < coded:
+            at = survivors.any(0)[: largest.shape[1]].nonzero().flatten()
+            rows = reference_codes.decode_fine(self._codes, r, at + part.start)
+            own = reference_codes.own_bounds(self._queries, rows, self._codes, r)
+            own = own.masked_fill(~self._exists[..., None], -torch.inf).amax(1)
+            bounds[:, at] = torch.minimum(bounds[:, at], own.where(self._queries.bounded[:, None], torch.inf))
+            self._counts[0] += len(at) * self._codes.fine.shape[1]
+            survivors = certain | self._reaches(bounds, part, threshold)
+        self._counts[2] += survivors.sum()
+        return survivors
+
+    def _reaches(self, bounds: Tensor, part: slice, threshold: Tensor) -> Tensor:
+        if self._reduce == "logsumexp":
+            count = self._exists.sum(1, keepdim=True).clamp(min=1).double()
+            bounds = bounds + bounds.abs() * 4e-6 + (count.log() + 3.2e-5)
+        # Rounded to float32 before the bias is added, as the score is: both are monotone.
+        bounds = bounds.float()
+        if self._table.bias is not None:
+            bounds = bounds + self._table.bias[part].float()
+        return ~(bounds < threshold[:, None])
+
+    def _certain(self, part: slice) -> Tensor:
+        """Rows whose codes may be changing."""
+        overlay, rows = self._table.overlay, part.stop - part.start
+        certain = torch.zeros(rows, dtype=torch.bool, device=self._table.items.device)
+        if overlay is not None:
+            inside = overlay.rows[(overlay.rows >= part.start) & (overlay.rows < part.stop)]
+            certain[inside - part.start] = True
+        return certain
+
+
+def score_topk(
+    queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See urm_kernels.score_topk; chunks of rows are scored and merged into the best k so far. What the scan did is
+    added to counts, int64 [3]."""
     with default_float_mode(queries.device):
         shape, device = (queries.shape[0], k), queries.device
-        best_scores = torch.full(shape, -torch.inf, dtype=_compute_dtype(queries, table.items), device=device)
+        dtype = _compute_dtype(queries, table.items)
+        best_scores = torch.full(shape, -torch.inf, dtype=dtype, device=device)
         best_ids = torch.full(shape, -1, dtype=torch.int64, device=device)
-        for chunk in _scored(queries, table.settled(), options):
+        counts = torch.zeros(3, dtype=torch.int64, device=device) if counts is None else counts
+        codes = table.codes if dtype == torch.float32 and k else None
+        may_win = None
+        if codes is not None and queries.shape[0] and queries.shape[1]:
+            bounds = _Bounds(queries, table, codes, options, counts)
+
+            def may_win(part: slice) -> Tensor:
+                return bounds.reach(part, best_scores[:, -1].where(best_ids[:, -1] >= 0, -torch.inf))
+
+        for chunk in _scored(queries, table.settled(), options, may_win):
+            counts[0] += len(chunk.rows) * table.items.shape[1] * table.items.element_size()
+            if may_win is None:
+                counts[2] += chunk.scores.numel()
             best_scores, best_ids = _merge(best_scores, best_ids, chunk.scores, chunk.rows.where(chunk.allowed, -1), k)
         return best_scores, best_ids
 
@@ -233,7 +236,7 @@ class _ExponentialSum:
         ordinary = scores.abs() < self.HUGE
         self._largest = torch.maximum(self._largest, scores.masked_fill(ordinary, -torch.inf).amax(1))
         scores = scores.masked_fill(~ordinary, 0.0)
-        n = torch.round(scores * _constant(1.44269504088896341, scores))
+        n = torch.round(scores * scalar(1.44269504088896341, scores))
         p = exp_polynomial(minus_logarithms(scores, n))
         n = n.to(torch.int64)
         mantissas = torch.round(p * 2.0**24).to(torch.int64) << (n % self.GROUP)
@@ -264,11 +267,7 @@ def score_candidates(
     with default_float_mode(queries.device):
         table = table.settled()
         dtype = _compute_dtype(queries, table.items)
-        queries = queries.to(dtype)
-        exists = torch.ones(queries.shape[:2], dtype=torch.bool, device=queries.device)
-        exists = exists if query_mask is None else query_mask
-        if reduce in ("sum", "mean"):
-            queries, exists = combine_queries(queries, exists, reduce)
+        queries, exists = _existing(queries.to(dtype), query_mask, reduce)
         shape = (queries.shape[0], candidates.shape[-1])
         if queries.shape[1] == 0 or table.items.shape[0] == 0:
             return queries.new_full(shape, -torch.inf)

@@ -20,7 +20,7 @@ BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": re
 _said: set[str] = set()
 
 
-def choose(function: str, queries: Tensor, table: TableView, requested: str) -> ModuleType:
+def choose(function: str, queries: Tensor, table: TableView, requested: str, *, counts: bool = False) -> ModuleType:
     """The backend of a call: the one asked for (argument, then URM_BACKEND), else the first that can do it.
 
     Raises ValueError where the one asked for cannot, with its reason; a preferred backend that declines on its own
@@ -29,24 +29,26 @@ def choose(function: str, queries: Tensor, table: TableView, requested: str) -> 
     if requested := requested or os.environ.get("URM_BACKEND", ""):
         if requested not in BACKENDS:
             raise ValueError(f"backend: one of {', '.join(BACKENDS)} is wanted, {requested!r} came")
-        reason = _why_not(BACKENDS[requested], function, queries, table)
+        reason = _why_not(BACKENDS[requested], function, queries, table, counts)
         if reason:
             raise ValueError(f"backend: {requested!r} cannot run this call: {reason}")
         return BACKENDS[requested]
     for name, backend in BACKENDS.items():
-        reason = _why_not(backend, function, queries, table)
+        reason = _why_not(backend, function, queries, table, counts)
         if reason is None:
             return backend
         _say_once(f"backend {name} declines: {reason}")
     raise AssertionError("the reference backend takes every call")
 
 
-def _why_not(backend: ModuleType, function: str, queries: Tensor, table: TableView) -> str | None:
+def _why_not(backend: ModuleType, function: str, queries: Tensor, table: TableView, counts: bool) -> str | None:
     reason = backend.why_not(table.items.device, (queries.dtype, *table.dtypes()))
     if reason is None and not hasattr(backend, function):
         return f"it has no {function}"
     if reason is None and table.row_scale is not None and not backend.ROW_SCALE:
         return "it has no kernel for rows with a scale"
+    if reason is None and counts and not backend.COUNTS:
+        return "it does not count what a scan does"
     return reason
 
 

@@ -23,6 +23,8 @@ def _score_candidates(
     row_scale: Tensor | None,
     alive: Tensor | None,
     log: int,
+    codes: list[Tensor],
+    codes_from: int,
     candidates: Tensor,
     query_mask: Tensor | None,
     reduce: str,
@@ -30,7 +32,7 @@ def _score_candidates(
     backend: str,
 ) -> Tensor:
     library.check_rows("candidates", candidates, items.shape[0])
-    with library.reading(items, bias, row_scale, alive, log) as table:
+    with library.reading(items, bias, row_scale, alive, log, codes, codes_from) as table:
         chosen = select.choose("score_candidates", queries, table, backend)
         try:
             return chosen.score_candidates(queries, table, candidates, query_mask, reduce)
@@ -40,13 +42,13 @@ def _score_candidates(
             raise
 
 
-def _score_candidates_fake(queries, items, bias, row_scale, alive, log, candidates, *_options):
+def _score_candidates_fake(queries, items, bias, row_scale, alive, log, codes, codes_from, candidates, *_options):
     shape = (queries.shape[0], candidates.shape[-1])
     return queries.new_empty(shape, dtype=library.compute_dtype(queries, items))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    queries, items, bias, row_scale, alive, _, candidates, query_mask, reduce, sparse_grad, backend = inputs
+    queries, items, bias, row_scale, alive, _, _, _, candidates, query_mask, reduce, sparse_grad, backend = inputs
     # What scores -inf whatever rows and bias hold has no gradient.
     ids = candidates.expand(queries.shape[0], -1)
     if alive is not None and items.shape[0]:
@@ -61,7 +63,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_scores: Tensor):
     grad_queries, grad_items, grad_bias = scored_rows_backward(ctx, grad_scores)
-    return grad_queries, grad_items, grad_bias, *[None] * 8
+    return grad_queries, grad_items, grad_bias, *[None] * 10
 
 
 _with_grad = library.register("score_candidates", _SCHEMA, _score_candidates, _score_candidates_fake)

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import updates
+from .. import freshness, updates
+from ..backends.codes import Codes
 from ..backends.table_view import TableView
 
 _library = torch.library.Library("urm_kernels", "DEF")
 
-TABLE = "Tensor items, Tensor? bias, Tensor? row_scale, Tensor? alive, int log"
+TABLE = "Tensor items, Tensor? bias, Tensor? row_scale, Tensor? alive, int log, Tensor[] codes, int codes_from"
 
 # torch's CPU allocator has no exception of its own.
 _NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
@@ -71,12 +72,22 @@ class reading:
     """Around what reads a table: gives it as one version, whatever others update meanwhile."""
 
     def __init__(
-        self, items: Tensor, bias: Tensor | None, row_scale: Tensor | None, alive: Tensor | None, log: int
+        self,
+        items: Tensor,
+        bias: Tensor | None,
+        row_scale: Tensor | None,
+        alive: Tensor | None,
+        log: int,
+        codes: list[Tensor],
+        codes_from: int,
     ) -> None:
-        self._table = TableView(items, bias, row_scale, alive)
+        self._table = TableView(items, bias, row_scale, alive, None, Codes(*codes) if codes else None)
         self._log = updates.find(log) if log else None
+        self._codes_from = freshness.find(codes_from) if codes_from else None
 
     def __enter__(self) -> TableView:
+        if self._codes_from is not None and not self._codes_from.fresh(self._table.items, self._table.row_scale):
+            raise RuntimeError("items: factors changed since pack(): call refresh()")
         if self._log is None:
             return self._table
         self._version, overlay = self._log.pin()

@@ -26,6 +26,8 @@ def _log_partition(
     row_scale: Tensor | None,
     alive: Tensor | None,
     log: int,
+    codes: list[Tensor],
+    codes_from: int,
     query_mask: Tensor | None,
     reduce: str,
     mask: Tensor | None,
@@ -36,7 +38,7 @@ def _log_partition(
     library.check_rows("exclude", exclude, items.shape[0])
     if temperature.device.type == "cpu":
         checks.positive_normal("temperature", temperature.item(), temperature.dtype)
-    with library.reading(items, bias, row_scale, alive, log) as table:
+    with library.reading(items, bias, row_scale, alive, log, codes, codes_from) as table:
         chosen = select.choose("log_partition", queries, table, backend)
         try:
             return chosen.log_partition(queries, table, ScanOptions(query_mask, reduce, mask, exclude), temperature)
@@ -86,7 +88,7 @@ def _log_partition_backward_fake(grad, logarithms, queries, items, *rest):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    queries, items, bias, row_scale, alive, _, query_mask, reduce, mask, exclude, temperature, backend = inputs
+    queries, items, bias, row_scale, alive, _, _, _, query_mask, reduce, mask, exclude, temperature, backend = inputs
     ctx.save_for_backward(output, queries, items, bias, row_scale, alive, query_mask, mask, exclude, temperature)
     ctx.reduce, ctx.backend = reduce, backend
 
@@ -115,8 +117,8 @@ def _backward(ctx, grad: Tensor):
         grad_queries if ctx.needs_input_grad[0] else None,
         grad_items.to(items.dtype) if needs_items else None,
         grad_bias.to(bias.dtype) if needs_bias else None,
-        *[None] * 7,
-        grad_temperature.to(temperature.dtype) if ctx.needs_input_grad[10] else None,
+        *[None] * 9,
+        grad_temperature.to(temperature.dtype) if ctx.needs_input_grad[12] else None,
         None,
     )
 
@@ -130,10 +132,9 @@ library.differentiable("log_partition", _backward, _setup_context)
 library.differentiable("log_partition_backward", library.no_second_derivative)
 
 
-def log_partition(queries, items, bias, row_scale, alive, log, query_mask, reduce, mask, exclude, temperature, backend):
+def log_partition(queries: Tensor, items: Tensor, bias: Tensor | None, row_scale, alive, log: int, *options):
     """The op that the call needs; arguments as in the schema."""
-    arguments = (query_mask, reduce, mask, exclude, temperature, backend)
-    if not library.needs_grad(queries, items, bias, temperature):
-        return _no_grad(queries, items, bias, row_scale, alive, log, *arguments)
+    if not library.needs_grad(queries, items, bias, options[-2]):
+        return _no_grad(queries, items, bias, row_scale, alive, log, *options)
     with library.unchanged(log, items, bias):
-        return _with_grad(queries, items, bias, row_scale, alive, log, *arguments)
+        return _with_grad(queries, items, bias, row_scale, alive, log, *options)

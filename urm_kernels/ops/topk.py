@@ -15,7 +15,7 @@ from . import library
 
 _SCHEMA = (
     f"(Tensor queries, {library.TABLE}, SymInt k, Tensor? query_mask, str reduce, Tensor? mask, Tensor? exclude, "
-    "bool sorted, bool sparse_grad, str backend) -> (Tensor, Tensor)"
+    "bool sorted, bool sparse_grad, bool counts, str backend) -> (Tensor, Tensor, Tensor)"
 )
 _BACKWARD_SCHEMA = (
     "(Tensor grad_scores, Tensor ids, Tensor queries, Tensor items, Tensor? row_scale, Tensor? query_mask, "
@@ -30,6 +30,8 @@ def _score_topk(
     row_scale: Tensor | None,
     alive: Tensor | None,
     log: int,
+    codes: list[Tensor],
+    codes_from: int,
     k: int,
     query_mask: Tensor | None,
     reduce: str,
@@ -37,22 +39,27 @@ def _score_topk(
     exclude: Tensor | None,
     sorted: bool,
     sparse_grad: bool,
+    counts: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     library.check_rows("exclude", exclude, items.shape[0])
-    with library.reading(items, bias, row_scale, alive, log) as table:
-        chosen = select.choose("score_topk", queries, table, backend)
+    with library.reading(items, bias, row_scale, alive, log, codes, codes_from) as table:
+        chosen = select.choose("score_topk", queries, table, backend, counts=counts)
+        counted = torch.zeros(3 if counts else 0, dtype=torch.int64, device=queries.device)
+        options = ScanOptions(query_mask, reduce, mask, exclude)
         try:
-            return chosen.score_topk(queries, table, ScanOptions(query_mask, reduce, mask, exclude), k, sorted)
+            found = chosen.score_topk(queries, table, options, k, sorted, *([counted] if counts else []))
+            return *found, counted
         except RuntimeError as error:
             library.memory_in_words(error, f"score_topk: no memory for {queries.shape[0]} users with k = {k}")
             raise
 
 
-def _score_topk_fake(queries, items, bias, row_scale, alive, log, k, *_options):
+def _score_topk_fake(queries, items, bias, row_scale, alive, log, codes, codes_from, k, *options):
     shape = (queries.shape[0], k)
     scores = queries.new_empty(shape, dtype=library.compute_dtype(queries, items))
-    return scores, queries.new_empty(shape, dtype=torch.int64)
+    counts = options[-2]
+    return scores, queries.new_empty(shape, dtype=torch.int64), queries.new_empty(3 if counts else 0, dtype=torch.int64)
 
 
 def _backward_of_rows(
@@ -78,15 +85,15 @@ def _backward_of_rows_fake(grad_scores, ids, queries, items, row_scale, query_ma
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    queries, items, bias, row_scale, _, _, _, query_mask, reduce, _, _, _, sparse_grad, backend = inputs
+    queries, items, bias, row_scale, _, _, _, _, _, query_mask, reduce, _, _, _, sparse_grad, _, backend = inputs
     ctx.save_for_backward(queries, items, row_scale, query_mask, output[1])
     ctx.reduce, ctx.sparse_grad, ctx.backend = reduce, sparse_grad, backend
     ctx.bias = None if bias is None else (bias.shape[0], bias.dtype)
 
 
-def _backward(ctx, grad_scores: Tensor, _grad_ids: None):
+def _backward(ctx, grad_scores: Tensor, _grad_ids: None, _grad_counts: None):
     grad_queries, grad_items, grad_bias = scored_rows_backward(ctx, grad_scores)
-    return grad_queries, grad_items, grad_bias, *[None] * 11
+    return grad_queries, grad_items, grad_bias, *[None] * 14
 
 
 def scored_rows_backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

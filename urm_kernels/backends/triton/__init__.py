@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..table_view import ScanOptions, TableView, without_removed
 
+COUNTS = False  # whether it counts what a scan does
 ROW_SCALE = False  # whether rows may have a scale
 
 
@@ -80,7 +81,8 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
 
 def score_topk(queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
     """See urm_kernels.score_topk; queries are float32 [B, M, r]."""
-    items, bias, _, alive, _ = table.settled()
+    table = table.settled()
+    items, bias, alive = table.items, table.bias, table.alive
     options = options._replace(mask=without_removed(options.mask, alive, items.shape[0]))
     with _on(items.device):
         found = _kernels("search").search(queries, items, bias, options, k, sorted, card(items.device))

@@ -1,0 +1,271 @@
+"""Codes by the reference: what csrc/common/codes.h and csrc/cpu/kernels_codes.h say, in plain torch.
+
+Codes have the bits that the C++ backend makes. Bounds are formed in float64 from the same integers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import codes as formats
+from .canonical import fma32
+from .codes import BLOCK, QUAD, Codes
+
+_CLIPS = 7  # scales tried of 4-bit codes
+_SUMS = 4  # running sums of a sum over elements
+LARGEST_LENGTH = 2.0**60
+LEAST_SCALE = 2.0**-100
+_LEAST_KEPT = 2.0**-120
+
+
+def rotate(rows: Tensor, codes: Codes) -> Tensor:
+    """float32 [..., r], rotated by the steps of csrc/cpu/rotation.h."""
+    r, p = rows.shape[-1], codes.rotation.shape[1]
+    factor = torch.tensor(1 / math.sqrt(p), dtype=torch.float32, device=rows.device)
+    out = rows.clone()
+    for step, signs in enumerate(codes.rotation.to(rows.device)):
+        start = 0 if p == r else step * (r * 618 // 1000) % r
+        at = (torch.arange(p, device=rows.device) + start) % r
+        x = out[..., at] * (signs * factor)
+        apart = 1
+        while apart < p:
+            pairs = x.unflatten(-1, (-1, 2, apart))
+            first, second = pairs[..., 0, :], pairs[..., 1, :]
+            x = torch.stack([first + second, first - second], -2).flatten(-3)
+            apart *= 2
+        out[..., at] = x
+    return out
+
+
+def _sum(r: int, term: Callable[[slice, Tensor], Tensor], like: Tensor) -> Tensor:
+    """The sum over elements of term(elements, sums so far): element e goes to sum e % 4."""
+    sums = like.new_zeros((*like.shape[:-1], _SUMS))
+    for e in range(0, r, _SUMS):
+        width = min(_SUMS, r - e)
+        sums[..., :width] = term(slice(e, e + width), sums[..., :width])
+    return (sums[..., 0] + sums[..., 2]) + (sums[..., 1] + sums[..., 3])
+
+
+class EncodedRows(NamedTuple):
+    codes: Tensor  # int32 [n, r]
+    scale: Tensor  # float32 [n]
+    lost: Tensor  # float16 [n]
+    norm: Tensor  # float16 [n]
+
+
+def encode(rows: Tensor, codes: Codes, bits: int) -> EncodedRows:
+    """Of float32 rows [n, r], before their rotation."""
+    r, most = rows.shape[1], 7.0 if bits == 4 else 127.0
+    before = rows.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(1)
+    w = rotate(rows, codes)
+    largest = w.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(1)
+    ordinary = (largest >= LEAST_SCALE) & (largest <= LARGEST_LENGTH)
+    exponent = torch.frexp(largest.where(ordinary, 1.0)).exponent - 1
+    power = torch.ldexp(torch.ones_like(largest), exponent).where(ordinary, 1.0)
+    inverse = torch.ldexp(torch.ones_like(largest), -exponent).where(ordinary, 0.0)
+    w, largest = w * inverse[:, None], largest.where(ordinary, 0.0) * inverse
+
+    def rounded(x: Tensor, factor: Tensor) -> Tensor:
+        return torch.round(x * factor[:, None]).clamp(-most, most)
+
+    def both(factor: Tensor) -> tuple[Tensor, Tensor]:
+        dot = _sum(r, lambda e, sums: fma32(w[:, e], rounded(w[:, e], factor), sums), w)
+        length = _sum(r, lambda e, sums: fma32(rounded(w[:, e], factor), rounded(w[:, e], factor), sums), w)
+        return dot, length
+
+    squares = _sum(r, lambda e, sums: fma32(w[:, e], w[:, e], sums), w)
+    best, chosen = torch.full_like(largest, -1.0), torch.zeros_like(largest)
+    for clip in range(_CLIPS if bits == 4 else 1):
+        share = torch.tensor(16.0 - clip, dtype=torch.float32) / torch.tensor(16.0 * most, dtype=torch.float32)
+        factor = 1.0 / (largest * share.to(largest.device))
+        dot, length = both(factor)
+        quality = dot * dot / length
+        better = best < quality
+        best, chosen = quality.where(better, best), factor.where(better, chosen)
+    dot, _ = both(chosen)
+    scale = squares / dot
+    minus = (-scale)[:, None]
+
+    def rest(e: slice, sums: Tensor) -> Tensor:
+        lost = fma32(minus.expand(-1, sums.shape[1]), rounded(w[:, e], chosen), w[:, e])
+        return fma32(lost, lost, sums)
+
+    growth = 1.0 + torch.tensor((3 * r + 64) * 2.0**-24, dtype=torch.float32, device=rows.device)
+    lost = _sum(r, rest, w).sqrt() / scale * growth
+    norm = squares.sqrt() / scale * growth
+    scaled = scale * power
+    zero = (before == 0) & (squares == 0)
+    kept = ~zero & ordinary & (scaled >= LEAST_SCALE) & (scaled * norm <= LARGEST_LENGTH) & (lost <= norm)
+    return EncodedRows(
+        rounded(w, chosen).where(kept[:, None], 0.0).to(torch.int32),
+        scaled.where(kept, 1.0),
+        _half_not_below(lost.where(kept, 0.0)),
+        _half_not_below(norm.where(kept, torch.where(zero, 0.0, torch.inf))),
+    )
+
+
+def _half_not_below(x: Tensor) -> Tensor:
+    half = x.half()
+    below = half.float() < x
+    return (half.view(torch.int16) + below.to(torch.int16)).view(torch.float16)
+
+
+def _rows_of(items: Tensor, row_scale: Tensor | None) -> Tensor:
+    rows = items.float()
+    return rows if row_scale is None else rows * row_scale.float()[:, None]
+
+
+def _padded(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [n, quads * 4]: codes + offset, those past the end of a row 0 + offset."""
+    n, r = codes.shape
+    out = torch.zeros((n, formats.quads(r) * QUAD), dtype=torch.int32, device=codes.device)
+    out[:, :r] = codes
+    return (out + (8 if bits == 4 else 128)).to(torch.uint8)
+
+
+def _bytes(side: Tensor, *shape: int) -> Tensor:
+    return side.contiguous().view(torch.uint8).view(*shape)
+
+
+def encode_blocks(items: Tensor, row_scale: Tensor | None, codes: Codes) -> None:
+    """Writes the codes of all whole blocks of the items."""
+    r = items.shape[1]
+    bits, step = formats.bits_of(codes, r), max(1, (1 << 22) // (BLOCK * r))
+    for first in range(0, len(codes.blocks), step):
+        blocks = codes.blocks[first : first + step]
+        part = slice(first * BLOCK, (first + len(blocks)) * BLOCK)
+        rows = _rows_of(items[part], None if row_scale is None else row_scale[part])
+        encoded = encode(rows, codes, bits)
+        wide = _padded(encoded.codes, bits).view(len(blocks), BLOCK, -1, QUAD).transpose(1, 2)
+        if bits == 4:
+            wide = wide[:, :, : BLOCK // 2] | (wide[:, :, BLOCK // 2 :] << 4)
+        sides = (_bytes(side, len(blocks), -1) for side in encoded[1:])
+        blocks.copy_(torch.cat([wide.reshape(len(blocks), -1), *sides], 1))
+        if codes.fine is not None:
+            codes.fine[part] = _fine(encode(rows, codes, 8))
+
+
+def _fine(encoded: EncodedRows) -> Tensor:
+    n = len(encoded.codes)
+    return torch.cat([_padded(encoded.codes, 8), *(_bytes(side[:, None], n, -1) for side in encoded[1:])], 1)
+
+
+def encode_rows(items: Tensor, row_scale: Tensor | None, codes: Codes, rows: Tensor) -> None:
+    """Writes the codes of rows (ascending), whose new contents are the items, into their places."""
+    coded = int((rows < len(codes.blocks) * BLOCK).sum())
+    if not coded:
+        return
+    rows, r = rows[:coded], items.shape[1]
+    bits = formats.bits_of(codes, r)
+    values = _rows_of(items[:coded], None if row_scale is None else row_scale[:coded])
+    encoded = encode(values, codes, bits)
+    blocks, lanes = rows // BLOCK, rows % BLOCK
+    wide = _padded(encoded.codes, bits)
+    e = torch.arange(wide.shape[1], device=rows.device)
+    across = BLOCK // 2 if bits == 4 else BLOCK
+    places = ((e // QUAD) * across + (lanes % across)[:, None]) * QUAD + e % QUAD
+    if bits == 8:
+        codes.blocks[blocks[:, None], places] = wide
+    else:  # one half at a time: two of the rows may share bytes
+        for half, shift in ((lanes < across, 0), (lanes >= across, 4)):
+            at, other = (blocks[half][:, None], places[half]), 0xF0 >> shift
+            codes.blocks[at] = (codes.blocks[at] & other) | (wide[half] << shift)
+    for side, values in zip(formats.sides(codes, r), encoded[1:], strict=True):
+        side[blocks, lanes] = values
+    if codes.fine is not None:
+        codes.fine[rows] = _fine(
+            encode(_rows_of(items[:coded], None if row_scale is None else row_scale[:coded]), codes, 8)
+        )
+
+
+class CodedRows(NamedTuple):
+    """Decoded: codes float64 [n, r], and scale, lost, norm float64 [n]."""
+
+    codes: Tensor
+    scale: Tensor
+    lost: Tensor
+    norm: Tensor
+
+
+def decode(codes: Codes, r: int, first: int, last: int) -> CodedRows:
+    """Of blocks [first, last)."""
+    bits = formats.bits_of(codes, r)
+    part = codes._replace(blocks=codes.blocks[first:last])
+    count = len(part.blocks)
+    wide = part.blocks[:, : -BLOCK * formats.SIDE_BYTES].view(count, formats.quads(r), -1, QUAD)
+    if bits == 4:
+        wide = torch.cat([wide & 15, wide >> 4], 2)
+    unsigned = wide.transpose(1, 2).reshape(count * BLOCK, -1)[:, :r].double()
+    return CodedRows(unsigned - (8 if bits == 4 else 128), *(s.double().flatten() for s in formats.sides(part, r)))
+
+
+def decode_fine(codes: Codes, r: int, rows: Tensor) -> CodedRows:
+    """Of chosen rows."""
+    assert codes.fine is not None
+    some = codes.fine[rows]
+    at = formats.quads(r) * QUAD
+    sides = (some[:, at : at + 4].contiguous().view(torch.float32), some[:, at + 4 :].contiguous().view(torch.float16))
+    scale, both = (side.double() for side in sides)
+    return CodedRows(some[:, :r].double() - 128, scale[:, 0], both[:, 0], both[:, 1])
+
+
+class QueryCodes(NamedTuple):
+    """Of queries [B, M, r] that exist: u float64 [B, M, r]; kept and lost float64 [B, M]; step [B]; bounded [B]: the
+    others are too long, or not finite, for a certain bound."""
+
+    u: Tensor
+    kept: Tensor
+    lost: Tensor
+    step: Tensor
+    exists: Tensor
+    bounded: Tensor
+
+
+def encode_queries(queries: Tensor, exists: Tensor, codes: Codes) -> QueryCodes:
+    there = queries.masked_fill(~exists[..., None], 0.0)
+    x = rotate(there, codes)
+    zero = (there == 0).all(-1).all(-1)
+    largest = x.abs().amax((1, 2))
+    step = torch.where(zero, torch.ones_like(largest), largest / 127.0)
+    bounded = (step >= LEAST_SCALE) & (step <= LARGEST_LENGTH)
+    step = step.where(bounded, 1.0)
+    x = x.masked_fill(~bounded[:, None, None], 0.0)
+    u = torch.round(x / step[:, None, None]).clamp(-127, 127).double()
+    wide = step.double()
+    kept = torch.linalg.vector_norm(u, dim=2) * wide[:, None]
+    lost = torch.linalg.vector_norm(x.double() - u * wide[:, None, None], dim=2)
+    kept, lost = ((part * (1 + 1e-6) + _LEAST_KEPT) for part in (kept, lost))
+    bounded &= kept.amax(1) + lost.amax(1) <= LARGEST_LENGTH
+    return QueryCodes(u, kept, lost, wide, exists, bounded)
+
+
+def _error(r: int, codes: Codes) -> float:
+    p = codes.rotation.shape[1]
+    roundings = codes.rotation.shape[0] * (p.bit_length() - 1 + 2)
+    return (r // 16 + 2 * roundings + 64) * 2.0**-24
+
+
+def scan_bounds(queries: QueryCodes, rows: CodedRows, codes: Codes, r: int) -> Tensor:
+    """Upper bounds of every user's largest dot, float64 [B, n]: each query's own slack for the table's references, the
+    user's largest lengths for what a row exceeds them by."""
+    lost_reference, norm_reference = (max(float(x), 0.0) for x in codes.reference)
+    kept, lost = queries.kept.amax(1)[:, None], queries.lost.amax(1)[:, None]
+    slack = torch.ceil((queries.kept * lost_reference + queries.lost * norm_reference) / queries.step[:, None])
+    sums = queries.u @ rows.codes.T + slack[..., None]
+    sums = sums.masked_fill(~queries.exists[..., None], -torch.inf).amax(1)
+    more = kept * (rows.lost - lost_reference).clamp(min=0) + lost * (rows.norm - norm_reference).clamp(min=0)
+    more = more + _error(r, codes) * (kept + lost) * rows.norm
+    return rows.scale * (sums * queries.step[:, None] + more) + (r + 16) * 2.0**-149
+
+
+def own_bounds(queries: QueryCodes, rows: CodedRows, codes: Codes, r: int) -> Tensor:
+    """Upper bounds of every dot, float64 [B, M, n], from each query's own lengths."""
+    most = (queries.kept.amax(1) + queries.lost.amax(1))[:, None, None]
+    slack = queries.kept[..., None] * rows.lost + queries.lost[..., None] * rows.norm
+    slack = slack + _error(r, codes) * most * rows.norm
+    return rows.scale * ((queries.u @ rows.codes.T) * queries.step[:, None, None] + slack) + (r + 16) * 2.0**-149
