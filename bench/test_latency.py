@@ -24,6 +24,7 @@ from urm_kernels import scoring, testing
 from urm_kernels.bench import PEERS, Cell, Contest, Experience, Table, figures, rounds_for, timed, tolerance
 from urm_kernels.bench.cells import make_queries, make_table
 from urm_kernels.bench.turns import PAUSE, Call
+from urm_kernels.table import Serving
 
 RESULTS = "latency_cpu.json"
 
@@ -158,8 +159,10 @@ def test_small_call(benchmark: Any, record: Any, monkeypatch: pytest.MonkeyPatch
     def plain_torch() -> Any:
         return torch.topk((queries @ items.T).amax(1), 10)
 
+    table = Serving(items)
+
     def op_alone() -> Any:
-        return scoring.ops.score_topk(queries, items, None, None, None, 0, 10, None, "max", None, None, True, False, "")
+        return scoring.ops.score_topk(queries, *table, 10, None, "max", None, None, True, False, False, "")
 
     calls: dict[str, Call] = {"whole": call, "op": op_alone, "torch": plain_torch}
     micros: dict[str, list[float]] = {name: [] for name in (*calls, "checks")}

@@ -276,7 +276,20 @@ class TableMachine(RuleBasedStateMachine):
             assert torch.equal(bits(listed[:, 1:]), bits(scores.masked_fill(~there, -torch.inf)))
 
             plain = ops.log_partition(
-                self.queries, items, bias, scale, None, 0, None, "max", there, None, torch.tensor(1.0), "reference"
+                self.queries,
+                items,
+                bias,
+                scale,
+                None,
+                0,
+                [],
+                0,
+                None,
+                "max",
+                there,
+                None,
+                torch.tensor(1.0),
+                "reference",
             )
             assert torch.equal(bits(log_partition(self.queries, table)), bits(plain))
         self.check_what_it_says(there)

@@ -7,6 +7,13 @@
 #include "topk_results.h"
 
 namespace urm {
+namespace {
+
+bool is_among(uint64_t groups, int64_t g) {
+  return groups >> std::min<int64_t>(g, 63) & 1;
+}
+
+}  // namespace
 
 template <class Results>
 int64_t CodeScanner<Results>::scan(int64_t begin, int64_t end) {
@@ -26,7 +33,7 @@ int64_t CodeScanner<Results>::scan(int64_t begin, int64_t end) {
       for (uint32_t left = survivors[b]; left; left &= left - 1) {
         const int64_t i = b * kBlockRows + __builtin_ctz(left);
         if (!request_.filter.allows(group_.first_user + user, begin + i)) continue;
-        keep({begin + i, user, bounds[i]});
+        keep({begin + i, user, bounds[i], groups_that_reach(user, begin + i, i, end - begin, bounds[i])});
         ++survived;
       }
   }
@@ -53,7 +60,7 @@ void CodeScanner<Results>::prune(int64_t user, int64_t begin, int64_t blocks, co
   float relative = 0, offset = 0;
   if (request_.reduce == Reduce::kLogSumExp)
     log_sum_exp_excess(group_.packed.start[user + 1] - group_.packed.start[user], &relative, &offset);
-  kernels_.prune_codes(work_.largest_sums.data(), block_of(begin) + block_code_bytes(r_, codes_.bits),
+  kernels_.prune_codes(work_.largest_sums.data(), groups_of(user), block_of(begin) + block_code_bytes(r_, codes_.bits),
                        block_bytes(r_, codes_.bits), blocks, queries_.bounds[user], relative, offset, bias,
                        results_.threshold(slot_, user), bounds, survivors);
 }
@@ -68,6 +75,27 @@ void CodeScanner<Results>::bounds_of_block(int64_t user, int64_t begin, float* b
 template <class Results>
 void CodeScanner<Results>::finish() {
   rescore(work_.waiting);
+}
+
+// Of a survivor, the groups of queries whose own largest sum still reaches the threshold. The bound stands for the largest
+// of all; scale * step * (difference of sums) lower is a bound for a group. 10^-6 covers these roundings many times over.
+template <class Results>
+uint64_t CodeScanner<Results>::groups_that_reach(int64_t user, int64_t row, int64_t i, int64_t rows,
+                                                 float bound) const {
+  const int64_t groups = groups_of(user);
+  if (groups == 1 || request_.reduce == Reduce::kLogSumExp) return ~uint64_t{0};
+  const int32_t* sums = work_.largest_sums.data() + i;
+  int64_t largest = sums[0];
+  for (int64_t g = 1; g < groups; ++g) largest = std::max<int64_t>(largest, sums[g * rows]);
+  constexpr double kRoom = 1e-6;
+  const double threshold = results_.threshold(slot_, user);
+  const float scale = side_of(block_of(row), block_code_bytes(r_, codes_.bits)).scale[row % kBlockRows];
+  const double unit = static_cast<double>(scale) * queries_.bounds[user].step * (1 - kRoom);
+  const double room = bound - threshold + kRoom * (std::fabs(bound) + std::fabs(threshold));
+  uint64_t reach = 0;
+  for (int64_t g = 0; g < groups; ++g)
+    if (!(unit * static_cast<double>(largest - sums[g * rows]) > room)) reach |= uint64_t{1} << std::min<int64_t>(g, 63);
+  return reach;
 }
 
 template <class Results>
@@ -115,14 +143,18 @@ int64_t CodeScanner<Results>::groups_of(int64_t user) const {
 }
 
 template <class Results>
-void CodeScanner<Results>::bounds_of_row(int64_t user, int64_t row, float* bounds) {
-  const int64_t quads = quads_of(r_), group = queries_.first_group[user], groups = groups_of(user);
+void CodeScanner<Results>::bounds_of_row(int64_t user, int64_t row, uint64_t groups, float* bounds) {
+  const int64_t quads = quads_of(r_), first = queries_.first_group[user];
   const CodedRow coded = coded_row(row);
-  kernels_.codes->of_row(coded.codes, quads, queries_.codes.data() + group * quads * kLanes * kQuad,
-                         queries_.row_starts.data() + group * kLanes, groups, work_.row_sums.data());
-  for (int64_t g = 0, at = group * kLanes; g < groups; ++g, at += kLanes)
-    kernels_.bounds_of_queries(work_.row_sums.data() + g * kLanes, queries_.kept.data() + at,
-                               queries_.lost.data() + at, coded, queries_.bounds[user], bounds + g * kLanes);
+  for (int64_t g = 0; g < groups_of(user); ++g) {
+    if (!is_among(groups, g)) continue;
+    const int64_t at = (first + g) * kLanes;
+    int32_t sums[kLanes];
+    kernels_.codes->of_row(coded.codes, quads, queries_.codes.data() + at * quads * kQuad,
+                           queries_.row_starts.data() + at, 1, sums);
+    kernels_.bounds_of_queries(sums, queries_.kept.data() + at, queries_.lost.data() + at, coded,
+                               queries_.bounds[user], bounds + g * kLanes);
+  }
 }
 
 // The user's queries whose own bounds of the row reach the threshold: if its score does, its best one is among them. All
@@ -135,12 +167,13 @@ int64_t CodeScanner<Results>::choose(const Survivor& pair, int32_t* chosen) {
     return 1;
   }
   float* bounds = work_.row_bounds.data();
-  bounds_of_row(pair.user, pair.row, bounds);
+  bounds_of_row(pair.user, pair.row, pair.groups, bounds);
   const float bias = bias_of_row(pair.row), threshold = results_.threshold(slot_, pair.user);
   int64_t count = 0;
   if (request_.reduce != Reduce::kLogSumExp) {
-    for (int64_t m = 0; m < queries; ++m)
-      if (!(bounds[m] + bias < threshold)) chosen[count++] = static_cast<int32_t>(m);
+    for (int64_t g = 0; g * kLanes < queries; ++g)
+      for (int64_t m = g * kLanes; is_among(pair.groups, g) && m < std::min(queries, (g + 1) * kLanes); ++m)
+        if (!(bounds[m] + bias < threshold)) chosen[count++] = static_cast<int32_t>(m);
     return count;
   }
   float largest = bounds[0], relative, offset;

@@ -27,9 +27,10 @@ class CodeScanner {
   // Scores the pairs that still wait.
   void finish();
 
-  // Upper bounds of the rows of a block, under max, [32]; and of one row's dots with a user's queries, in groups of 16.
+  // Upper bounds of the rows of a block, under max, [32]; and of one row's dots with a user's queries, of chosen groups of
+  // 16 (see Survivor), in their places.
   void bounds_of_block(int64_t user, int64_t begin, float* bounds);
-  void bounds_of_row(int64_t user, int64_t row, float* bounds);
+  void bounds_of_row(int64_t user, int64_t row, uint64_t groups, float* bounds);
 
   const ScanCounts& counts() const { return counts_; }
 
@@ -41,6 +42,7 @@ class CodeScanner {
   void sum_blocks(int64_t user, int64_t begin, int64_t blocks, Ahead ahead);
   void prune(int64_t user, int64_t begin, int64_t blocks, const float* bias, float* bounds, uint32_t* survivors);
   int64_t groups_of(int64_t user) const;
+  uint64_t groups_that_reach(int64_t user, int64_t row, int64_t i, int64_t rows, float bound) const;
   void keep(const Survivor& survivor);
   void rescore(AlignedVector<Survivor>& pairs);
   int64_t choose(const Survivor& pair, int32_t* chosen);

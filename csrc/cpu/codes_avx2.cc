@@ -53,8 +53,9 @@ void largest4(const char* codes, int64_t stride, int64_t blocks, int64_t quads, 
   const __m256i low_half = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   const int64_t lines = (ahead.lines + blocks * count - 1) / (blocks * count);
   const char *fetch = ahead.address, *fetch_end = ahead.address + ahead.lines * kCacheLine;
-  for (int64_t b = 0; b < blocks; ++b, codes += stride, largest += kBlockRows) {
+  for (int64_t b = 0; b < blocks; ++b, codes += stride) {
     for (int64_t q = 0; q < count; ++q) {
+      int32_t* most = largest + (q / kLanes * blocks + b) * kBlockRows;
       for (int64_t i = 0; i < lines && fetch < fetch_end; ++i, fetch += kCacheLine) __builtin_prefetch(fetch, 0, 2);
       const int8_t* query = queries + (q / kLanes * quads * kLanes + q % kLanes) * kQuad;
       __m256i sums[4];  // rows 0..7, 8..15, 16..23, 24..31
@@ -75,7 +76,7 @@ void largest4(const char* codes, int64_t stride, int64_t blocks, int64_t quads, 
         for (int i = 0; i < 4; ++i) sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs[i], ones));
       }
       for (int i = 0; i < 4; ++i)
-        store(largest + 8 * i, q ? _mm256_max_epi32(sums[i], load(largest + 8 * i)) : sums[i]);
+        store(most + 8 * i, q % kLanes ? _mm256_max_epi32(sums[i], load(most + 8 * i)) : sums[i]);
     }
   }
 }
@@ -84,8 +85,9 @@ void largest8(const char* codes, int64_t stride, int64_t blocks, int64_t quads, 
               const int32_t* starts, int64_t count, Ahead ahead, int32_t* largest) {
   const int64_t lines = (ahead.lines + blocks * count - 1) / (blocks * count);
   const char *fetch = ahead.address, *fetch_end = ahead.address + ahead.lines * kCacheLine;
-  for (int64_t b = 0; b < blocks; ++b, codes += stride, largest += kBlockRows) {
+  for (int64_t b = 0; b < blocks; ++b, codes += stride) {
     for (int64_t q = 0; q < count; ++q) {
+      int32_t* most = largest + (q / kLanes * blocks + b) * kBlockRows;
       for (int64_t i = 0; i < lines && fetch < fetch_end; ++i, fetch += kCacheLine) __builtin_prefetch(fetch, 0, 2);
       const int8_t* query = queries + (q / kLanes * quads * kLanes + q % kLanes) * kQuad;
       __m256i pairs[8];  // four rows each
@@ -100,7 +102,7 @@ void largest8(const char* codes, int64_t stride, int64_t blocks, int64_t quads, 
       for (int i = 0; i < 4; ++i) {
         const __m256i joined = join_pairs(pairs[2 * i], pairs[2 * i + 1]);
         const __m256i sums = _mm256_add_epi32(joined, _mm256_set1_epi32(starts[q]));
-        store(largest + 8 * i, q ? _mm256_max_epi32(sums, load(largest + 8 * i)) : sums);
+        store(most + 8 * i, q % kLanes ? _mm256_max_epi32(sums, load(most + 8 * i)) : sums);
       }
     }
   }

@@ -23,7 +23,8 @@ void largest(const char* codes, int64_t stride, int64_t blocks, int64_t quads, c
         const int32_t code = Bits == 8 ? byte : lane < kLanes ? byte & 15 : byte >> 4;
         sum += code * query_code(queries, quads, q, e);
       }
-      largest[row] = q ? std::max(largest[row], sum) : sum;
+      int32_t& most = largest[q / kLanes * blocks * kBlockRows + row];
+      most = q % kLanes ? std::max(most, sum) : sum;
     }
   }
 }

@@ -128,18 +128,19 @@ void largest(const char* codes, int64_t stride, int64_t blocks, int64_t quads, c
   for (int64_t q = 0; q < count;) {
     const int8_t* group = queries + (q / kLanes * quads * kLanes + q % kLanes) * kQuad;
     const int64_t left = count - q;
-    const bool first = q == 0;
+    const bool first = q % kLanes == 0;
+    int32_t* most = largest + q / kLanes * blocks * kBlockRows;
     if (left >= 8) {
-      some_queries<Bits, 8, 1>(codes, stride, blocks, quads, group, starts + q, first, fetch, largest);
+      some_queries<Bits, 8, 1>(codes, stride, blocks, quads, group, starts + q, first, fetch, most);
       q += 8;
     } else if (left >= 4) {
-      some_queries<Bits, 4, 2>(codes, stride, blocks, quads, group, starts + q, first, fetch, largest);
+      some_queries<Bits, 4, 2>(codes, stride, blocks, quads, group, starts + q, first, fetch, most);
       q += 4;
     } else if (left >= 2) {
-      some_queries<Bits, 2, 4>(codes, stride, blocks, quads, group, starts + q, first, fetch, largest);
+      some_queries<Bits, 2, 4>(codes, stride, blocks, quads, group, starts + q, first, fetch, most);
       q += 2;
     } else {
-      some_queries<Bits, 1, 4>(codes, stride, blocks, quads, group, starts + q, first, fetch, largest);
+      some_queries<Bits, 1, 4>(codes, stride, blocks, quads, group, starts + q, first, fetch, most);
       q += 1;
     }
   }

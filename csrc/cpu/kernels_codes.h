@@ -193,8 +193,8 @@ struct CodeKernelsOf {
   }
 
   // Bounds of blocks from a user's largest sums; see Kernels.
-  static void prune_codes(const int32_t* sums, const char* sides, int64_t stride, int64_t blocks, const CodeBound& user,
-                          float relative, float offset, const float* bias, float threshold, float* bounds,
+  static void prune_codes(const int32_t* sums, int64_t groups, const char* sides, int64_t stride, int64_t blocks,
+                          const CodeBound& user, float relative, float offset, const float* bias, float threshold, float* bounds,
                           uint32_t* survivors) {
     const V step = V::broadcast(user.step), kept = V::broadcast(user.kept), lost = V::broadcast(user.lost);
     const V error = V::broadcast(user.error), underflow = V::broadcast(user.underflow), least = V::broadcast(threshold);
@@ -205,7 +205,10 @@ struct CodeKernelsOf {
         const float* scale = reinterpret_cast<const float*>(sides) + half;
         const V e = V::widen(sides + kBlockRows * 4, DType::kFloat16, half);
         const V n = V::widen(sides + kBlockRows * 6, DType::kFloat16, half);
-        V bound = V::multiply(V::from_integers(sums), step);
+        V largest = V::from_integers(sums);  // monotone: the largest of the conversions is that of the largest
+        for (int64_t g = 1; g < groups; ++g)
+          largest = V::max(V::from_integers(sums + g * blocks * kBlockRows), largest);
+        V bound = V::multiply(largest, step);
         bound = V::fma(V::max(V::add(e, no_lost), V::zero()), kept, bound);
         bound = V::fma(V::max(V::add(n, no_norm), V::zero()), lost, bound);
         bound = V::fma(n, error, bound);

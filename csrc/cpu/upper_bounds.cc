@@ -63,7 +63,7 @@ bool code_bounds(const QueriesView& queries, const MatrixView& items, const Code
         if (row % kBlockRows == 0) scanner.bounds_of_block(user, row, out + user * items.rows + row);
         continue;
       }
-      scanner.bounds_of_row(user, row, work.row_bounds.data());
+      scanner.bounds_of_row(user, row, ~uint64_t{0}, work.row_bounds.data());
       for (int64_t m = 0; m < count; ++m) out[(first + m) * items.rows + row] = work.row_bounds[m];
     }
   }

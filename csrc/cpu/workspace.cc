@@ -60,9 +60,8 @@ Workspace::Workspace(const Group& group) {
   const bool coded = !group.query_codes.empty();
   if (coded) {
     bias.resize(std::max<int64_t>(bias.size(), kStretchBlocks * kBlockRows));
-    largest_sums.resize(kStretchBlocks * kBlockRows);
-    row_sums.resize(group.query_codes.most_groups * kLanes);
-    row_bounds.resize(row_sums.size());
+    largest_sums.resize(group.query_codes.most_groups * kStretchBlocks * kBlockRows);
+    row_bounds.resize(group.query_codes.most_groups * kLanes);
     row_codes.resize(quads_of(group.request.items.columns) * kQuad);
     survivors.reserve(kSurvivors);
     waiting.reserve(kSurvivors);
@@ -70,7 +69,7 @@ Workspace::Workspace(const Group& group) {
   row_scale.resize(bias.size());
   row.resize(group.padded);
   user_dots.resize(group.packed.total);
-  chosen.resize(kRescoreBatch * std::max<int64_t>(1, coded ? row_sums.size() : group.packed.total));
+  chosen.resize(kRescoreBatch * std::max<int64_t>(1, coded ? row_bounds.size() : group.packed.total));
   if (!cheap) return;
   if (group.bounds.rows == DType::kBFloat16 && group.request.overlay.count)
     cheap_rows.resize(kLanes * group.request.items.columns * element_bytes(DType::kBFloat16));

@@ -13,6 +13,7 @@ constexpr int64_t kRescoreBatch = 16;   // whose rows are fetched before the fir
 struct Survivor {
   int64_t row, user;
   float bound;
+  uint64_t groups;  // of 16 of the user's queries, one of which may reach the threshold; the last bit is all beyond 63
 };
 
 // Allocated before the threads start.
@@ -22,7 +23,7 @@ struct Workspace {
   AlignedVector<char> cheap_rows{};
   AlignedVector<float> cheap_dots{}, scales{}, lengths{}, row{}, user_dots{};
   AlignedVector<int32_t> chosen{};  // queries of a user whose dots are wanted
-  AlignedVector<int32_t> largest_sums{}, row_sums{};
+  AlignedVector<int32_t> largest_sums{};
   AlignedVector<float> row_bounds{};
   AlignedVector<uint8_t> row_codes{};
   AlignedVector<Survivor> survivors{}, waiting{};

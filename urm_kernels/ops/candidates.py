@@ -48,7 +48,7 @@ def _score_candidates_fake(queries, items, bias, row_scale, alive, log, codes, c
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    queries, items, bias, row_scale, alive, _, _, _, candidates, query_mask, reduce, sparse_grad, backend = inputs
+    queries, items, bias, row_scale, alive, _, codes, _, candidates, query_mask, reduce, sparse_grad, backend = inputs
     # What scores -inf whatever rows and bias hold has no gradient.
     ids = candidates.expand(queries.shape[0], -1)
     if alive is not None and items.shape[0]:
@@ -57,13 +57,14 @@ def _setup_context(ctx, inputs, output) -> None:
         exists = queries.new_zeros(queries.shape[0], dtype=torch.bool) if query_mask is None else query_mask.any(1)
         ids = ids.where(exists[:, None], -1)
     ctx.save_for_backward(queries, items, row_scale, query_mask, ids)
+    ctx.no_codes = [None] * len(codes)
     ctx.reduce, ctx.sparse_grad, ctx.backend = reduce, sparse_grad, backend
     ctx.bias = None if bias is None else (bias.shape[0], bias.dtype)
 
 
 def _backward(ctx, grad_scores: Tensor):
     grad_queries, grad_items, grad_bias = scored_rows_backward(ctx, grad_scores)
-    return grad_queries, grad_items, grad_bias, *[None] * 10
+    return grad_queries, grad_items, grad_bias, None, None, None, ctx.no_codes, *[None] * 6
 
 
 _with_grad = library.register("score_candidates", _SCHEMA, _score_candidates, _score_candidates_fake)

@@ -88,7 +88,10 @@ def _log_partition_backward_fake(grad, logarithms, queries, items, *rest):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    queries, items, bias, row_scale, alive, _, _, _, query_mask, reduce, mask, exclude, temperature, backend = inputs
+    queries, items, bias, row_scale, alive, _, codes, _, query_mask, reduce, mask, exclude, temperature, backend = (
+        inputs
+    )
+    ctx.no_codes = [None] * len(codes)
     ctx.save_for_backward(output, queries, items, bias, row_scale, alive, query_mask, mask, exclude, temperature)
     ctx.reduce, ctx.backend = reduce, backend
 
@@ -117,7 +120,9 @@ def _backward(ctx, grad: Tensor):
         grad_queries if ctx.needs_input_grad[0] else None,
         grad_items.to(items.dtype) if needs_items else None,
         grad_bias.to(bias.dtype) if needs_bias else None,
-        *[None] * 9,
+        *[None] * 3,
+        ctx.no_codes,
+        *[None] * 5,
         grad_temperature.to(temperature.dtype) if ctx.needs_input_grad[12] else None,
         None,
     )

@@ -85,7 +85,8 @@ def _backward_of_rows_fake(grad_scores, ids, queries, items, row_scale, query_ma
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    queries, items, bias, row_scale, _, _, _, _, _, query_mask, reduce, _, _, _, sparse_grad, _, backend = inputs
+    queries, items, bias, row_scale, _, _, codes, _, _, query_mask, reduce, _, _, _, sparse_grad, _, backend = inputs
+    ctx.no_codes = [None] * len(codes)
     ctx.save_for_backward(queries, items, row_scale, query_mask, output[1])
     ctx.reduce, ctx.sparse_grad, ctx.backend = reduce, sparse_grad, backend
     ctx.bias = None if bias is None else (bias.shape[0], bias.dtype)
@@ -93,7 +94,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_scores: Tensor, _grad_ids: None, _grad_counts: None):
     grad_queries, grad_items, grad_bias = scored_rows_backward(ctx, grad_scores)
-    return grad_queries, grad_items, grad_bias, *[None] * 14
+    return grad_queries, grad_items, grad_bias, None, None, None, ctx.no_codes, *[None] * 10
 
 
 def scored_rows_backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
