@@ -18,7 +18,7 @@ from .testing import available_backends, forced
 SETTINGS = {
     "URM_BACKEND": "backend of calls that name none: " + ", ".join(select.BACKENDS),
     "URM_CPU_ISA": "instruction set of the cpu backend, one of those listed above",
-    "URM_CPU_SCAN": "how the cpu backend scores: auto, exact, bounded (by a cheap score first); same result",
+    "URM_CPU_SCAN": "how the cpu backend scores: auto, exact, bounded (cheap scores or codes first); same result",
     "URM_NUM_THREADS": "threads of the cpu backend, exactly; default: torch.get_num_threads(), fewer for small calls",
 }
 

@@ -111,12 +111,12 @@ def score_topk(
     checks.flag("sorted", sorted)
     checks.flag("sparse_grad", sparse_grad)
     checks.flag("return_stats", return_stats)
-    options = (query_mask, reduce, mask, exclude, sorted, sparse_grad, return_stats, checks.backend(backend))
-    scores, ids, counts = ops.score_topk(queries, *table, k, *options)
+    options = (query_mask, reduce, mask, exclude, sorted, sparse_grad, checks.backend(backend))
+    scores, ids, *counts = ops.score_topk(queries, *table, k, *options, counted=return_stats)
     if not return_stats:
         return TopK(scores, ids)
     proven = torch.ones(users, dtype=torch.bool, device=ids.device)
-    return TopK(scores, ids), ScanStats(counts[0], counts[1:], proven)  # type: ignore[return-value]  # as asked for
+    return TopK(scores, ids), ScanStats(counts[0][0], counts[0][1:], proven)  # type: ignore[return-value]  # as asked
 
 
 def score_candidates(

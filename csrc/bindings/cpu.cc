@@ -68,15 +68,15 @@ int chosen_threads(int torch_threads) {
   return static_cast<int>(threads);
 }
 
-urm::ScanMode chosen_scan(const urm::Kernels& kernels) {
+urm::ScanMode chosen_scan(const urm::Kernels& kernels, bool coded) {
   const char* wanted = std::getenv("URM_CPU_SCAN");
   const std::string name = wanted && *wanted ? wanted : "auto";
   if (name == "auto") return urm::ScanMode::kAuto;
   if (name == "exact") return urm::ScanMode::kExact;
-  if (name == "bounded" && kernels.cheap) return urm::ScanMode::kBounded;
+  if (name == "bounded" && (kernels.cheap || coded)) return urm::ScanMode::kBounded;
   if (name == "bounded")
     throw py::value_error(std::string("URM_CPU_SCAN: bounded is not possible with the instruction set ") +
-                          kernels.name + ", which has no cheap score; use auto or exact");
+                          kernels.name + ", which has no cheap score, and a table that is not packed; use auto or exact");
   throw py::value_error("URM_CPU_SCAN: one of auto, exact, bounded is wanted, '" + name + "' came");
 }
 
@@ -170,7 +170,7 @@ void set_scan(const Queries& queries, const Table& table, int reduce, const Filt
   request.filter.alive = at<uint8_t>(std::get<4>(table));
   if (const auto& codes = std::get<5>(table)) request.codes = view(*codes);
   request.all_threads = wanted_threads() != nullptr;
-  request.scan = chosen_scan(*request.kernels);
+  request.scan = chosen_scan(*request.kernels, request.codes.bits != 0);
 }
 
 // Runs `scan` without the GIL; Ctrl-C ends it.

@@ -13,9 +13,7 @@ namespace urm {
 // so that data of that kind cost little more than without bounds. The result is the same either way.
 class Pace {
  public:
-  // A pair that survives costs as much as `pairs_per_rescore` that are scored exactly from the start.
-  Pace(ScanMode mode, int64_t pairs_per_rescore)
-      : always_(mode == ScanMode::kBounded), pairs_per_rescore_(pairs_per_rescore) {}
+  explicit Pace(ScanMode mode) : always_(mode == ScanMode::kBounded) {}
 
   bool next_is_bounded() {
     if (exact_left_ == 0) return true;
@@ -25,7 +23,7 @@ class Pace {
 
   // `rescored` of `pairs` (row, user) survived the last bounded stretch.
   void judge(int64_t rescored, int64_t pairs) {
-    if (always_ || rescored * pairs_per_rescore_ <= pairs) {
+    if (always_ || rescored * kPairsPerRescore <= pairs) {
       penalty_ = 1;
     } else {
       exact_left_ = penalty_;
@@ -34,10 +32,10 @@ class Pace {
   }
 
  private:
+  static constexpr int64_t kPairsPerRescore = 8;  // about what rescoring a pair costs, in exact scores by the panel
   static constexpr int64_t kMostPenalty = 64;
 
   const bool always_;
-  const int64_t pairs_per_rescore_;
   int64_t exact_left_ = 0, penalty_ = 1;
 };
 

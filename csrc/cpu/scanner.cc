@@ -1,6 +1,7 @@
 #include "scanner.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "exact_dots.h"
 #include "float_environment.h"
@@ -40,15 +41,26 @@ void Scanner<Results>::scan_chunk(int64_t begin, int64_t end) {
   if (group_.query_codes.empty()) return scan_rows(begin, end);
   for (int64_t row = begin, stop; row < end; row = stop) {
     stop = std::min(end, row + kStretchBlocks * kBlockRows);
-    if (code_pace_.next_is_bounded()) scan_codes(row, stop);
+    int64_t survived = 0;
+    if (code_pace_.by_codes() && has_thresholds()) survived = scan_codes(row, stop);
     else scan_rows(row, stop);
+    code_pace_.judge(survived, (stop - row) * group_.users, [&] { codes_.finish(); });
   }
   codes_.finish();
 }
 
-// By their codes: all but rows behind the last block, and blocks with a replaced row, whose codes may be changing.
+// Without any, codes rule out nothing.
 template <class Results>
-void Scanner<Results>::scan_codes(int64_t begin, int64_t end) {
+bool Scanner<Results>::has_thresholds() {
+  for (int64_t user = 0; user < group_.users && !has_thresholds_; ++user)
+    has_thresholds_ = results_.threshold(slot_, user) > -std::numeric_limits<float>::infinity();
+  return has_thresholds_ || request_.scan == ScanMode::kBounded;
+}
+
+// By their codes: all but rows behind the last block, and blocks with a replaced row, whose codes may be changing.
+// Returns how many pairs survived.
+template <class Results>
+int64_t Scanner<Results>::scan_codes(int64_t begin, int64_t end) {
   const Overlay& overlay = request_.overlay;
   const int64_t coded = std::max(begin, std::min(end, request_.codes.rows()));
   int64_t survived = 0, row = begin;
@@ -60,7 +72,7 @@ void Scanner<Results>::scan_codes(int64_t begin, int64_t end) {
     if (row < coded) scan_rows(row, row + kBlockRows), row += kBlockRows;
   }
   scan_rows(coded, end);
-  code_pace_.judge(survived, (end - begin) * group_.users);
+  return survived;
 }
 
 // By themselves: bounded first where that is wanted, and pays.

@@ -3,6 +3,7 @@
 
 #include "code_scanner.h"
 #include "group.h"
+#include "measured_pace.h"
 #include "pace.h"
 #include "workspace.h"
 
@@ -19,18 +20,17 @@ class Scanner {
         results_(results),
         slot_(slot),
         codes_(group, work, results, slot),
-        code_pace_(group.request.scan, kPairsPerCodedSurvivor),
-        pace_(group.request.scan, kPairsPerRescore) {}
+        code_pace_(group.request.scan, group.packed.total > kDoubtfulQueries),
+        pace_(group.request.scan) {}
 
   void run();
 
  private:
-  // About what scoring a pair that survived costs, in pairs scored by the plain scan.
-  static constexpr int64_t kPairsPerRescore = 8;
-  static constexpr int64_t kPairsPerCodedSurvivor = 2;
+  static constexpr int64_t kDoubtfulQueries = 64;  // above, products may decide the time and not bytes
 
   void scan_chunk(int64_t begin, int64_t end);
-  void scan_codes(int64_t begin, int64_t end);
+  int64_t scan_codes(int64_t begin, int64_t end);
+  bool has_thresholds();
   void scan_rows(int64_t begin, int64_t end);
   void scan_exact(int64_t begin, int64_t end);
   void scan_bounded(int64_t begin, int64_t end);
@@ -51,7 +51,9 @@ class Scanner {
   Results& results_;
   const int slot_;
   CodeScanner<Results> codes_;
-  Pace code_pace_, pace_;
+  MeasuredPace code_pace_;
+  Pace pace_;
+  bool has_thresholds_ = false;
   ScanCounts counts_;
   int64_t rescored_ = 0;
 };

@@ -13,9 +13,9 @@ from ..backends.table_view import ScanOptions, TableView
 from ..float_mode import default_float_mode
 from . import library
 
-_SCHEMA = (
+_ARGUMENTS = (
     f"(Tensor queries, {library.TABLE}, SymInt k, Tensor? query_mask, str reduce, Tensor? mask, Tensor? exclude, "
-    "bool sorted, bool sparse_grad, bool counts, str backend) -> (Tensor, Tensor, Tensor)"
+    "bool sorted, bool sparse_grad, str backend)"
 )
 _BACKWARD_SCHEMA = (
     "(Tensor grad_scores, Tensor ids, Tensor queries, Tensor items, Tensor? row_scale, Tensor? query_mask, "
@@ -23,7 +23,7 @@ _BACKWARD_SCHEMA = (
 )
 
 
-def _score_topk(
+def _found(
     queries: Tensor,
     items: Tensor,
     bias: Tensor | None,
@@ -39,27 +39,33 @@ def _score_topk(
     exclude: Tensor | None,
     sorted: bool,
     sparse_grad: bool,
-    counts: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     library.check_rows("exclude", exclude, items.shape[0])
     with library.reading(items, bias, row_scale, alive, log, codes, codes_from) as table:
-        chosen = select.choose("score_topk", queries, table, backend, counts=counts)
-        counted = torch.zeros(3 if counts else 0, dtype=torch.int64, device=queries.device)
+        chosen = select.choose("score_topk", queries, table, backend, counts=counts is not None)
         options = ScanOptions(query_mask, reduce, mask, exclude)
         try:
-            found = chosen.score_topk(queries, table, options, k, sorted, *([counted] if counts else []))
-            return *found, counted
+            return chosen.score_topk(queries, table, options, k, sorted, *([] if counts is None else [counts]))
         except RuntimeError as error:
             library.memory_in_words(error, f"score_topk: no memory for {queries.shape[0]} users with k = {k}")
             raise
 
 
-def _score_topk_fake(queries, items, bias, row_scale, alive, log, codes, codes_from, k, *options):
+def _counted(queries: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    counts = torch.zeros(3, dtype=torch.int64, device=queries.device)
+    return *_found(queries, *arguments, counts), counts
+
+
+def _found_fake(queries, items, bias, row_scale, alive, log, codes, codes_from, k, *_options):
     shape = (queries.shape[0], k)
     scores = queries.new_empty(shape, dtype=library.compute_dtype(queries, items))
-    counts = options[-2]
-    return scores, queries.new_empty(shape, dtype=torch.int64), queries.new_empty(3 if counts else 0, dtype=torch.int64)
+    return scores, queries.new_empty(shape, dtype=torch.int64)
+
+
+def _counted_fake(queries, *arguments):
+    return *_found_fake(queries, *arguments), queries.new_empty(3, dtype=torch.int64)
 
 
 def _backward_of_rows(
@@ -85,16 +91,16 @@ def _backward_of_rows_fake(grad_scores, ids, queries, items, row_scale, query_ma
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    queries, items, bias, row_scale, _, _, codes, _, _, query_mask, reduce, _, _, _, sparse_grad, _, backend = inputs
+    queries, items, bias, row_scale, _, _, codes, _, _, query_mask, reduce, _, _, _, sparse_grad, backend = inputs
     ctx.no_codes = [None] * len(codes)
     ctx.save_for_backward(queries, items, row_scale, query_mask, output[1])
     ctx.reduce, ctx.sparse_grad, ctx.backend = reduce, sparse_grad, backend
     ctx.bias = None if bias is None else (bias.shape[0], bias.dtype)
 
 
-def _backward(ctx, grad_scores: Tensor, _grad_ids: None, _grad_counts: None):
+def _backward(ctx, grad_scores: Tensor, *_grads: None):
     grad_queries, grad_items, grad_bias = scored_rows_backward(ctx, grad_scores)
-    return grad_queries, grad_items, grad_bias, None, None, None, ctx.no_codes, *[None] * 10
+    return grad_queries, grad_items, grad_bias, None, None, None, ctx.no_codes, *[None] * 9
 
 
 def scored_rows_backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -115,16 +121,26 @@ def scored_rows_backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, 
     return grad_queries, grad_items, grad_bias
 
 
-_with_grad = library.register("score_topk", _SCHEMA, _score_topk, _score_topk_fake)
-_no_grad = library.register("score_topk_no_grad", _SCHEMA, _score_topk, _score_topk_fake)
+def _register(name: str, implementation: Any, fake: Any, results: str) -> tuple[Any, Any]:
+    """(the op with gradients, the op without)."""
+    schema = f"{_ARGUMENTS} -> ({results})"
+    ops = tuple(library.register(name + suffix, schema, implementation, fake) for suffix in ("", "_no_grad"))
+    library.differentiable(name, _backward, _setup_context)
+    return ops
+
+
+_plain = _register("score_topk", _found, _found_fake, "Tensor, Tensor")
+_with_counts = _register("score_topk_counted", _counted, _counted_fake, "Tensor, Tensor, Tensor")
 _op_backward = library.register("score_rows_backward", _BACKWARD_SCHEMA, _backward_of_rows, _backward_of_rows_fake)
-library.differentiable("score_topk", _backward, _setup_context)
 library.differentiable("score_rows_backward", library.no_second_derivative)
 
 
-def score_topk(queries: Tensor, items: Tensor, bias: Tensor | None, row_scale, alive, log: int, *options):
-    """The op that the call needs; arguments as in the schema."""
+def score_topk(
+    queries: Tensor, items: Tensor, bias: Tensor | None, row_scale, alive, log: int, *options, counted: bool = False
+):
+    """The op that the call needs; arguments as in the schema. ``counted`` adds what the scan did, int64 [3]."""
+    with_grad, no_grad = _with_counts if counted else _plain
     if not library.needs_grad(queries, items, bias):
-        return _no_grad(queries, items, bias, row_scale, alive, log, *options)
+        return no_grad(queries, items, bias, row_scale, alive, log, *options)
     with library.unchanged(log, items, bias):
-        return _with_grad(queries, items, bias, row_scale, alive, log, *options)
+        return with_grad(queries, items, bias, row_scale, alive, log, *options)
