@@ -296,7 +296,8 @@ def test_opcheck(backend, device, learns, everything):
     op = ops.score_candidates if learns else ops.score_candidates_no_grad
     for rows in (chosen, chosen[0]):
         rest = (rows, exists if everything else None, "logsumexp", False, backend)
-        torch.library.opcheck(op.default, (*given[:2], given[2] if everything else None, None, None, 0, [], 0, *rest))
+        table = (given[1], given[2] if everything else None, None, None, 0, *[None] * 4, 0)
+        torch.library.opcheck(op.default, (given[0], *table, *rest))
 
 
 @pytest.mark.real_device

@@ -235,7 +235,7 @@ else:
 
 
 def test_no_memory_for_the_running_buffers_leaves_the_library_usable():
-    # The result takes 60 MB, the buffers of one thread 80 MB.
+    # The result takes 60 MB, the buffers of the running best 45 MB.
     attempt = """
 for _ in range(3):
     try:
@@ -245,7 +245,7 @@ for _ in range(3):
     else:
         raise AssertionError("no MemoryError")
 """
-    limited("cpu", "wide = torch.ones(1, 4).expand(20_000_000, 4)", 110, attempt, URM_NUM_THREADS="1")
+    limited("cpu", "wide = torch.ones(1, 4).expand(20_000_000, 4)", 85, attempt, URM_NUM_THREADS="1")
 
 
 def test_a_system_that_gives_no_more_threads_is_no_error():

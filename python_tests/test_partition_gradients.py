@@ -135,7 +135,7 @@ def test_opcheck(backend, device, everything, learns):
     table, rest = (made["items"], bias, None, None), (mask, exclude, made["temperature"], backend)
     ops = torch.ops.urm_kernels
     op = ops.log_partition if learns else ops.log_partition_no_grad
-    torch.library.opcheck(op.default, (made["queries"], *table, 0, [], 0, exists, "logsumexp", *rest))
+    torch.library.opcheck(op.default, (made["queries"], *table, 0, *[None] * 4, 0, exists, "logsumexp", *rest))
     if not learns:
         above = torch.ones(3, device=device), torch.zeros(3, device=device)
         for needs in ((True, True), (True, False), (False, True)):

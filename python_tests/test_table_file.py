@@ -227,7 +227,7 @@ def test_headers_that_are_no_json_of_a_table_are_refused(load, header):
         {"format": None},
         {"format": [2]},
         {"format": 0},
-        {"format": 3},
+        {"format": 4},
         {"tensors": None},
         {"tensors": "factors"},
         {"tensors": {}},

@@ -44,7 +44,7 @@ def test_opcheck_of_the_forward(opcheck, backend, device, names, differentiable)
             given["bias"] = given["bias"].clone().requires_grad_()
     op = torch.ops.urm_kernels.score_topk if differentiable else torch.ops.urm_kernels.score_topk_no_grad
     filters = (given["mask"], given["exclude"])
-    table = (items, given["bias"], None, None, 0, [], 0)
+    table = (items, given["bias"], None, None, 0, *[None] * 4, 0)
     opcheck(op.default, (queries, *table, 4, given["query_mask"], "max", *filters, True, False, backend))
 
 

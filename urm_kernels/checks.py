@@ -202,12 +202,12 @@ def alive(bits: Tensor | None, rows: int) -> None:
         raise ValueError(f"alive: uint8 of shape [{(rows + 7) // 8}] is wanted, {bits.dtype} {_shape(bits)} came")
 
 
-def codes(codes: tuple[Tensor, ...], items: Tensor) -> None:
+def codes(blocks: Tensor | None, items: Tensor) -> None:
     """The codes of a table, which no other tensors must have replaced."""
-    if not codes:
+    if blocks is None:
         return
     rows, r = items.shape
-    blocks, wanted = codes[2], [formats.block_bytes(r, bits) for bits in (4, 8)]
+    wanted = [formats.block_bytes(r, bits) for bits in (4, 8)]
     if blocks.shape[0] != rows // formats.BLOCK or blocks.shape[1] not in wanted or blocks.dtype != torch.uint8:
         raise ValueError(f"codes: {blocks.dtype} {_shape(blocks)} are no codes of {rows} rows of width {r}")
 

@@ -33,7 +33,10 @@ class Serving(NamedTuple):
     row_scale: Tensor | None = None
     alive: Tensor | None = None
     log: int = 0
-    codes: tuple[Tensor, ...] = ()
+    code_rotation: Tensor | None = None
+    code_reference: Tensor | None = None
+    code_blocks: Tensor | None = None
+    code_fine: Tensor | None = None
     codes_from: int = 0
 
 
@@ -189,7 +192,7 @@ class ItemTable(ChangingTable):
         if codes is None or not held:
             return table
         assert self._codes_from is not None
-        return table._replace(codes=tuple(t for t in codes if t is not None), codes_from=self._codes_from.key)
+        return Serving(*table[:5], *codes, self._codes_from.key)
 
     def to_external(self, ids: Tensor) -> Any:
         """The caller's names of result rows (int64, any shape): int64, pads stay -1, or for string ids a NumPy array of

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,23 +18,11 @@ _SCHEMA = (
 )
 
 
-def _score_candidates(
-    queries: Tensor,
-    items: Tensor,
-    bias: Tensor | None,
-    row_scale: Tensor | None,
-    alive: Tensor | None,
-    log: int,
-    codes: list[Tensor],
-    codes_from: int,
-    candidates: Tensor,
-    query_mask: Tensor | None,
-    reduce: str,
-    sparse_grad: bool,
-    backend: str,
-) -> Tensor:
-    library.check_rows("candidates", candidates, items.shape[0])
-    with library.reading(items, bias, row_scale, alive, log, codes, codes_from) as table:
+def _score_candidates(queries: Tensor, *arguments: Any) -> Tensor:
+    held, asked = arguments[: library.TABLE_SIZE], arguments[library.TABLE_SIZE :]
+    candidates, query_mask, reduce, _sparse_grad, backend = asked
+    library.check_rows("candidates", candidates, held[0].shape[0])
+    with library.reading(*held) as table:
         chosen = select.choose("score_candidates", queries, table, backend)
         try:
             return chosen.score_candidates(queries, table, candidates, query_mask, reduce)
@@ -42,13 +32,14 @@ def _score_candidates(
             raise
 
 
-def _score_candidates_fake(queries, items, bias, row_scale, alive, log, codes, codes_from, candidates, *_options):
-    shape = (queries.shape[0], candidates.shape[-1])
+def _score_candidates_fake(queries, items, *arguments):
+    shape = (queries.shape[0], arguments[library.TABLE_SIZE - 1].shape[-1])
     return queries.new_empty(shape, dtype=library.compute_dtype(queries, items))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    queries, items, bias, row_scale, alive, _, codes, _, candidates, query_mask, reduce, sparse_grad, backend = inputs
+    queries, items, bias, row_scale, alive = inputs[:5]
+    candidates, query_mask, reduce, sparse_grad, backend = inputs[1 + library.TABLE_SIZE :]
     # What scores -inf whatever rows and bias hold has no gradient.
     ids = candidates.expand(queries.shape[0], -1)
     if alive is not None and items.shape[0]:
@@ -57,14 +48,13 @@ def _setup_context(ctx, inputs, output) -> None:
         exists = queries.new_zeros(queries.shape[0], dtype=torch.bool) if query_mask is None else query_mask.any(1)
         ids = ids.where(exists[:, None], -1)
     ctx.save_for_backward(queries, items, row_scale, query_mask, ids)
-    ctx.no_codes = [None] * len(codes)
     ctx.reduce, ctx.sparse_grad, ctx.backend = reduce, sparse_grad, backend
     ctx.bias = None if bias is None else (bias.shape[0], bias.dtype)
 
 
 def _backward(ctx, grad_scores: Tensor):
     grad_queries, grad_items, grad_bias = scored_rows_backward(ctx, grad_scores)
-    return grad_queries, grad_items, grad_bias, None, None, None, ctx.no_codes, *[None] * 6
+    return grad_queries, grad_items, grad_bias, *[None] * (library.TABLE_SIZE + 3)
 
 
 _with_grad = library.register("score_candidates", _SCHEMA, _score_candidates, _score_candidates_fake)

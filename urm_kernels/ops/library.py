@@ -14,7 +14,12 @@ from ..backends.table_view import TableView
 
 _library = torch.library.Library("urm_kernels", "DEF")
 
-TABLE = "Tensor items, Tensor? bias, Tensor? row_scale, Tensor? alive, int log, Tensor[] codes, int codes_from"
+# The codes are not a list of tensors, for which torch.vmap has no fallback.
+TABLE = (
+    "Tensor items, Tensor? bias, Tensor? row_scale, Tensor? alive, int log, Tensor? code_rotation, "
+    "Tensor? code_reference, Tensor? code_blocks, Tensor? code_fine, int codes_from"
+)
+TABLE_SIZE = 10  # arguments
 
 # torch's CPU allocator has no exception of its own.
 _NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
@@ -78,10 +83,16 @@ class reading:
         row_scale: Tensor | None,
         alive: Tensor | None,
         log: int,
-        codes: list[Tensor],
+        rotation: Tensor | None,
+        reference: Tensor | None,
+        blocks: Tensor | None,
+        fine: Tensor | None,
         codes_from: int,
     ) -> None:
-        self._table = TableView(items, bias, row_scale, alive, None, Codes(*codes) if codes else None)
+        codes = None
+        if rotation is not None and reference is not None and blocks is not None:
+            codes = Codes(rotation, reference, blocks, fine)
+        self._table = TableView(items, bias, row_scale, alive, None, codes)
         self._log = updates.find(log) if log else None
         self._codes_from = freshness.find(codes_from) if codes_from else None
 

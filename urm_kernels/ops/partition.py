@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,26 +21,13 @@ _BACKWARD_SCHEMA = (
 )
 
 
-def _log_partition(
-    queries: Tensor,
-    items: Tensor,
-    bias: Tensor | None,
-    row_scale: Tensor | None,
-    alive: Tensor | None,
-    log: int,
-    codes: list[Tensor],
-    codes_from: int,
-    query_mask: Tensor | None,
-    reduce: str,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    temperature: Tensor,
-    backend: str,
-) -> Tensor:
-    library.check_rows("exclude", exclude, items.shape[0])
+def _log_partition(queries: Tensor, *arguments: Any) -> Tensor:
+    held, asked = arguments[: library.TABLE_SIZE], arguments[library.TABLE_SIZE :]
+    query_mask, reduce, mask, exclude, temperature, backend = asked
+    library.check_rows("exclude", exclude, held[0].shape[0])
     if temperature.device.type == "cpu":
         checks.positive_normal("temperature", temperature.item(), temperature.dtype)
-    with library.reading(items, bias, row_scale, alive, log, codes, codes_from) as table:
+    with library.reading(*held) as table:
         chosen = select.choose("log_partition", queries, table, backend)
         try:
             return chosen.log_partition(queries, table, ScanOptions(query_mask, reduce, mask, exclude), temperature)
@@ -120,10 +109,8 @@ def _backward(ctx, grad: Tensor):
         grad_queries if ctx.needs_input_grad[0] else None,
         grad_items.to(items.dtype) if needs_items else None,
         grad_bias.to(bias.dtype) if needs_bias else None,
-        *[None] * 3,
-        ctx.no_codes,
-        *[None] * 5,
-        grad_temperature.to(temperature.dtype) if ctx.needs_input_grad[12] else None,
+        *[None] * (library.TABLE_SIZE + 2),
+        grad_temperature.to(temperature.dtype) if ctx.needs_input_grad[-2] else None,
         None,
     )
 

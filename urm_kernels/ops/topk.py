@@ -25,25 +25,13 @@ _BACKWARD_SCHEMA = (
 
 def _found(
     queries: Tensor,
-    items: Tensor,
-    bias: Tensor | None,
-    row_scale: Tensor | None,
-    alive: Tensor | None,
-    log: int,
-    codes: list[Tensor],
-    codes_from: int,
-    k: int,
-    query_mask: Tensor | None,
-    reduce: str,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    sorted: bool,
-    sparse_grad: bool,
-    backend: str,
+    *arguments: Any,
     counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    library.check_rows("exclude", exclude, items.shape[0])
-    with library.reading(items, bias, row_scale, alive, log, codes, codes_from) as table:
+    held, asked = arguments[: library.TABLE_SIZE], arguments[library.TABLE_SIZE :]
+    k, query_mask, reduce, mask, exclude, sorted, _sparse_grad, backend = asked
+    library.check_rows("exclude", exclude, held[0].shape[0])
+    with library.reading(*held) as table:
         chosen = select.choose("score_topk", queries, table, backend, counts=counts is not None)
         options = ScanOptions(query_mask, reduce, mask, exclude)
         try:
@@ -55,11 +43,11 @@ def _found(
 
 def _counted(queries: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     counts = torch.zeros(3, dtype=torch.int64, device=queries.device)
-    return *_found(queries, *arguments, counts), counts
+    return *_found(queries, *arguments, counts=counts), counts
 
 
-def _found_fake(queries, items, bias, row_scale, alive, log, codes, codes_from, k, *_options):
-    shape = (queries.shape[0], k)
+def _found_fake(queries, items, *arguments):
+    shape = (queries.shape[0], arguments[library.TABLE_SIZE - 1])
     scores = queries.new_empty(shape, dtype=library.compute_dtype(queries, items))
     return scores, queries.new_empty(shape, dtype=torch.int64)
 
@@ -91,8 +79,8 @@ def _backward_of_rows_fake(grad_scores, ids, queries, items, row_scale, query_ma
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    queries, items, bias, row_scale, _, _, codes, _, _, query_mask, reduce, _, _, _, sparse_grad, backend = inputs
-    ctx.no_codes = [None] * len(codes)
+    queries, items, bias, row_scale = inputs[:4]
+    _, query_mask, reduce, _, _, _, sparse_grad, backend = inputs[1 + library.TABLE_SIZE :]
     ctx.save_for_backward(queries, items, row_scale, query_mask, output[1])
     ctx.reduce, ctx.sparse_grad, ctx.backend = reduce, sparse_grad, backend
     ctx.bias = None if bias is None else (bias.shape[0], bias.dtype)
@@ -100,7 +88,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_scores: Tensor, *_grads: None):
     grad_queries, grad_items, grad_bias = scored_rows_backward(ctx, grad_scores)
-    return grad_queries, grad_items, grad_bias, None, None, None, ctx.no_codes, *[None] * 9
+    return grad_queries, grad_items, grad_bias, *[None] * (library.TABLE_SIZE + 6)
 
 
 def scored_rows_backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
