@@ -76,7 +76,8 @@ urm::ScanMode chosen_scan(const urm::Kernels& kernels, bool coded) {
   if (name == "bounded" && (kernels.cheap || coded)) return urm::ScanMode::kBounded;
   if (name == "bounded")
     throw py::value_error(std::string("URM_CPU_SCAN: bounded is not possible with the instruction set ") +
-                          kernels.name + ", which has no cheap score, and a table that is not packed; use auto or exact");
+                          kernels.name +
+                          ", which has no cheap score, and a table that is not packed; use auto or exact");
   throw py::value_error("URM_CPU_SCAN: one of auto, exact, bounded is wanted, '" + name + "' came");
 }
 
@@ -118,7 +119,7 @@ urm::Rotation view(const RotationSpec& spec) {
   urm::Rotation rotation;
   rotation.signs = at<float>(std::get<0>(spec));
   rotation.r = std::get<1>(spec);
-  rotation.p = urm::Rotation::hadamard_size(rotation.r);
+  rotation.p = urm::hadamard_size(rotation.r);
   rotation.steps = std::get<2>(spec);
   return rotation;
 }
@@ -320,7 +321,8 @@ PYBIND11_MODULE(_cpu, m) {
         return urm::code_bounds(view(queries), items, view(*std::get<5>(table)), chosen_kernels(), of_queries,
                                 at<float>(out));
       },
-      "Bounds from codes of the scan, [users, rows], or of every query, [users * queries, rows]; False where none are.");
+      "Bounds from codes of the scan, [users, rows], or of every query, [users * queries, rows]; False where none "
+      "are.");
   m.def(
       "code_rate",
       [](int64_t steps, int threads) {

@@ -1,9 +1,9 @@
 // Codes: low-bit copies of rows, small enough to be read for every item, from which a certain upper bound of every
 // canonical dot follows (docs/design.md has the proof).
 //
-// A row x, rotated to w, has integers c (|c| <= 7 or 127), a scale a, and lengths relative to it: lost e >= |w / a - c|,
-// norm n >= |x| / a. A rotated query has integers u with a step b that the user's queries share, kept g >= |b u|, lost
-// f >= |rotated q - b u|. Then
+// A row x, rotated to w, has integers c (|c| <= 7 or 127), a scale a, and lengths relative to it: lost e >= |w / a -
+// c|, norm n >= |x| / a. A rotated query has integers u with a step b that the user's queries share, kept g >= |b u|,
+// lost f >= |rotated q - b u|. Then
 //
 //   dot <= a (b (u . c) + g e + f n + code_error (g + f) n) + code_underflow
 //
@@ -25,10 +25,12 @@ namespace urm {
 
 constexpr int kBlockRows = 32;
 constexpr int kQuad = 4;
-constexpr int64_t kSideBytes = 8;              // of a row: scale, lost, norm
-constexpr int64_t kWidestCodedRow = 8192;      // up to here sums of products fit 32 bits, also with those of two rows
+constexpr int64_t kSideBytes = 8;               // of a row: scale, lost, norm
+constexpr int64_t kWidestCodedRow = 8192;       // up to here sums of products fit 32 bits, also with those of two rows
 constexpr float kLargestCodedLength = 0x1p60f;  // of rows and queries: no product of two overflows
 constexpr float kLeastCodeScale = 0x1p-100f;    // of rows and queries: no product of integers underflows
+
+constexpr uint16_t kHalfInfinity = 0x7C00;
 
 URM_HOST_DEVICE int64_t quads_of(int64_t r) {
   return (r + kQuad - 1) / kQuad;
@@ -64,8 +66,7 @@ struct BlockSide {
 
 URM_HOST_DEVICE BlockSide side_of(const char* block, int64_t code_bytes) {
   const char* side = block + code_bytes;
-  return {reinterpret_cast<const float*>(side),
-          reinterpret_cast<const uint16_t*>(side + kBlockRows * sizeof(float)),
+  return {reinterpret_cast<const float*>(side), reinterpret_cast<const uint16_t*>(side + kBlockRows * sizeof(float)),
           reinterpret_cast<const uint16_t*>(side + kBlockRows * (sizeof(float) + sizeof(uint16_t)))};
 }
 
@@ -89,7 +90,7 @@ URM_HOST_DEVICE float code_underflow(int64_t r) {
 URM_HOST_DEVICE uint16_t half_not_below(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
-  if (x > 65504.0f) return 0x7C00;
+  if (x > 65504.0f) return kHalfInfinity;
   if (x < 0x1p-14f) {  // denormal halves are multiples of 2^-24
     const float units = x * 0x1p24f;
     const uint16_t whole = static_cast<uint16_t>(units);

@@ -1,16 +1,14 @@
-// Innermost loops of packed tables: integer sums of products of codes (codes_*.cc, one file an instruction set), and what
-// surrounds them (kernels_codes.h).
+// Innermost loops of packed tables: integer sums of products of codes (codes_*.cc, one file an instruction set), and
+// what surrounds them (kernels_codes.h).
 #pragma once
 
 #include <cstdint>
 
 #include "../common/codes.h"
-#include "rotation.h"
+#include "../common/rotation.h"
 #include "views.h"
 
 namespace urm {
-
-constexpr uint16_t kHalfInfinity = 0x7C00;
 
 // 16 rows on their way into a table.
 struct EncodedRows {
@@ -19,8 +17,8 @@ struct EncodedRows {
   uint16_t lost[kLanes], norm[kLanes];
 };
 
-// A user's side of the bound (csrc/common/codes.h): b, the largest g and f, and the table's constants, whose part of the
-// bound stands in the sums' start.
+// A user's side of the bound (csrc/common/codes.h): b, the largest g and f, and the table's constants, whose part of
+// the bound stands in the sums' start.
 struct CodeBound {
   float step, kept, lost;
   float error;  // code_error (g + f)

@@ -16,28 +16,30 @@ bool is_among(uint64_t groups, int64_t g) {
 }  // namespace
 
 template <class Results>
-int64_t CodeScanner<Results>::scan(int64_t begin, int64_t end) {
-  const int64_t stride = block_bytes(r_, codes_.bits), blocks = (end - begin) / kBlockRows;
-  const float* bias = request_.bias.data ? bias_of(group_, work_, begin, end - begin) : nullptr;
-  const int64_t more = std::min<int64_t>(kStretchBlocks, codes_.count - end / kBlockRows);
-  Ahead ahead{block_of(end), more * stride / kCacheLine};
+int64_t CodeScanner<Results>::scan(int64_t first_block, int64_t blocks) {
+  const int64_t bytes = block_bytes(r_, codes_.bits), next = first_block + blocks;
+  const float* bias = request_.bias.data ? bias_of_blocks(first_block, blocks) : nullptr;
+  // Blocks of a sample lie apart; the processor does not foresee them, but there are few.
+  const int64_t more = step_ == 1 ? std::min<int64_t>(kStretchBlocks, codes_.count - next) : 0;
+  Ahead ahead{codes_.blocks + next * bytes, more * bytes / kCacheLine};
   int64_t survived = 0;
   for (int64_t user = 0; user < group_.users; ++user) {
     if (group_.packed.start[user + 1] == group_.packed.start[user]) continue;
-    sum_blocks(user, begin, blocks, ahead);
+    sum_blocks(user, first_block, blocks, ahead);
     ahead = {nullptr, 0};
     float bounds[kStretchBlocks * kBlockRows];
     uint32_t survivors[kStretchBlocks];
-    prune(user, begin, blocks, bias, bounds, survivors);
+    prune(user, first_block, blocks, bias, bounds, survivors);
     for (int64_t b = 0; b < blocks; ++b)
       for (uint32_t left = survivors[b]; left; left &= left - 1) {
-        const int64_t i = b * kBlockRows + __builtin_ctz(left);
-        if (!request_.filter.allows(group_.first_user + user, begin + i)) continue;
-        keep({begin + i, user, bounds[i], groups_that_reach(user, begin + i, i, end - begin, bounds[i])});
+        const int lane = __builtin_ctz(left);
+        const int64_t i = b * kBlockRows + lane, row = (first_block + b) * step_ * kBlockRows + lane;
+        if (!request_.filter.allows(group_.first_user + user, row)) continue;
+        keep({row, user, bounds[i], groups_that_reach(user, row, i, blocks * kBlockRows, bounds[i])});
         ++survived;
       }
   }
-  counts_.bytes += blocks * stride;
+  counts_.bytes += blocks * bytes;
   counts_.survivors += survived;
   rescore(work_.waiting);
   work_.waiting.swap(work_.survivors);
@@ -45,31 +47,43 @@ int64_t CodeScanner<Results>::scan(int64_t begin, int64_t end) {
 }
 
 template <class Results>
-void CodeScanner<Results>::sum_blocks(int64_t user, int64_t begin, int64_t blocks, Ahead ahead) {
+const float* CodeScanner<Results>::bias_of_blocks(int64_t first_block, int64_t blocks) {
+  if (step_ == 1) return bias_of(group_, work_, first_block * kBlockRows, blocks * kBlockRows);
+  for (int64_t b = 0; b < blocks; ++b)
+    kernels_.widen(part_of(request_.bias, (first_block + b) * step_ * kBlockRows, kBlockRows), kBlockRows,
+                   work_.bias.data() + b * kBlockRows);
+  return work_.bias.data();
+}
+
+template <class Results>
+void CodeScanner<Results>::sum_blocks(int64_t user, int64_t first_block, int64_t blocks, Ahead ahead) {
   const auto largest = codes_.bits == 4 ? kernels_.codes->largest4 : kernels_.codes->largest8;
-  const int64_t quads = quads_of(r_), group = queries_.first_group[user];
-  largest(block_of(begin), block_bytes(r_, codes_.bits), blocks, quads,
-          queries_.codes.data() + group * quads * kLanes * kQuad, queries_.starts.data() + group * kLanes,
-          group_.packed.start[user + 1] - group_.packed.start[user], ahead, work_.largest_sums.data());
+  const int64_t quads = quads_of(r_), at = queries_.first_group[user] * kLanes;
+  const int64_t stride = step_ * block_bytes(r_, codes_.bits);
+  largest(codes_.blocks + first_block * stride, stride, blocks, quads, queries_.codes.data() + at * quads * kQuad,
+          queries_.starts.data() + at, group_.packed.start[user + 1] - group_.packed.start[user], ahead,
+          work_.largest_sums.data());
 }
 
 // Of blocks whose sums are there, the rows that may reach the user's threshold.
 template <class Results>
-void CodeScanner<Results>::prune(int64_t user, int64_t begin, int64_t blocks, const float* bias, float* bounds,
+void CodeScanner<Results>::prune(int64_t user, int64_t first_block, int64_t blocks, const float* bias, float* bounds,
                                  uint32_t* survivors) {
   float relative = 0, offset = 0;
   if (request_.reduce == Reduce::kLogSumExp)
     log_sum_exp_excess(group_.packed.start[user + 1] - group_.packed.start[user], &relative, &offset);
-  kernels_.prune_codes(work_.largest_sums.data(), groups_of(user), block_of(begin) + block_code_bytes(r_, codes_.bits),
-                       block_bytes(r_, codes_.bits), blocks, queries_.bounds[user], relative, offset, bias,
-                       results_.threshold(slot_, user), bounds, survivors);
+  const int64_t stride = step_ * block_bytes(r_, codes_.bits);
+  kernels_.prune_codes(work_.largest_sums.data(), groups_of(user),
+                       codes_.blocks + first_block * stride + block_code_bytes(r_, codes_.bits), stride, blocks,
+                       queries_.bounds[user], relative, offset, bias, results_.threshold(slot_, user), bounds,
+                       survivors);
 }
 
 template <class Results>
-void CodeScanner<Results>::bounds_of_block(int64_t user, int64_t begin, float* bounds) {
-  sum_blocks(user, begin, 1, Ahead{nullptr, 0});
+void CodeScanner<Results>::bounds_of_block(int64_t user, int64_t block, float* bounds) {
+  sum_blocks(user, block, 1, Ahead{nullptr, 0});
   uint32_t survivors;
-  prune(user, begin, 1, nullptr, bounds, &survivors);
+  prune(user, block, 1, nullptr, bounds, &survivors);
 }
 
 template <class Results>
@@ -77,8 +91,9 @@ void CodeScanner<Results>::finish() {
   rescore(work_.waiting);
 }
 
-// Of a survivor, the groups of queries whose own largest sum still reaches the threshold. The bound stands for the largest
-// of all; scale * step * (difference of sums) lower is a bound for a group. 10^-6 covers these roundings many times over.
+// Of a survivor, the groups of queries whose own largest sum still reaches the threshold. The bound stands for the
+// largest of all; scale * step * (difference of sums) lower is a bound for a group. 10^-6 covers these roundings many
+// times over.
 template <class Results>
 uint64_t CodeScanner<Results>::groups_that_reach(int64_t user, int64_t row, int64_t i, int64_t rows,
                                                  float bound) const {
@@ -94,7 +109,8 @@ uint64_t CodeScanner<Results>::groups_that_reach(int64_t user, int64_t row, int6
   const double room = bound - threshold + kRoom * (std::fabs(bound) + std::fabs(threshold));
   uint64_t reach = 0;
   for (int64_t g = 0; g < groups; ++g)
-    if (!(unit * static_cast<double>(largest - sums[g * rows]) > room)) reach |= uint64_t{1} << std::min<int64_t>(g, 63);
+    if (!(unit * static_cast<double>(largest - sums[g * rows]) > room))
+      reach |= uint64_t{1} << std::min<int64_t>(g, 63);
   return reach;
 }
 
@@ -152,13 +168,13 @@ void CodeScanner<Results>::bounds_of_row(int64_t user, int64_t row, uint64_t gro
     int32_t sums[kLanes];
     kernels_.codes->of_row(coded.codes, quads, queries_.codes.data() + at * quads * kQuad,
                            queries_.row_starts.data() + at, 1, sums);
-    kernels_.bounds_of_queries(sums, queries_.kept.data() + at, queries_.lost.data() + at, coded,
-                               queries_.bounds[user], bounds + g * kLanes);
+    kernels_.bounds_of_queries(sums, queries_.kept.data() + at, queries_.lost.data() + at, coded, queries_.bounds[user],
+                               bounds + g * kLanes);
   }
 }
 
-// The user's queries whose own bounds of the row reach the threshold: if its score does, its best one is among them. All
-// or none under logsumexp.
+// The user's queries whose own bounds of the row reach the threshold: if its score does, its best one is among them.
+// All or none under logsumexp.
 template <class Results>
 int64_t CodeScanner<Results>::choose(const Survivor& pair, int32_t* chosen) {
   const int64_t queries = group_.packed.start[pair.user + 1] - group_.packed.start[pair.user];

@@ -9,7 +9,8 @@ namespace urm {
 template <class Results>
 class CodeScanner {
  public:
-  CodeScanner(const Group& group, Workspace& work, Results& results, int slot)
+  // Of every block, or every `block_step`-th, which is then called the next.
+  CodeScanner(const Group& group, Workspace& work, Results& results, int slot, int64_t block_step = 1)
       : group_(group),
         request_(group.request),
         kernels_(*group.request.kernels),
@@ -18,18 +19,19 @@ class CodeScanner {
         r_(group.request.items.columns),
         work_(work),
         results_(results),
-        slot_(slot) {}
+        slot_(slot),
+        step_(block_step) {}
 
-  // Whole blocks, at most kStretchBlocks, none of whose rows has been replaced. Returns how many pairs survived; these
-  // wait, while their rows are fetched, until the next call.
-  int64_t scan(int64_t begin, int64_t end);
+  // At most kStretchBlocks blocks, none of whose rows has been replaced. Returns how many pairs survived; these wait,
+  // while their rows are fetched, until the next call.
+  int64_t scan(int64_t first_block, int64_t blocks);
 
   // Scores the pairs that still wait.
   void finish();
 
-  // Upper bounds of the rows of a block, under max, [32]; and of one row's dots with a user's queries, of chosen groups of
-  // 16 (see Survivor), in their places.
-  void bounds_of_block(int64_t user, int64_t begin, float* bounds);
+  // Upper bounds of the rows of a block, under max, [32]; and of one row's dots with a user's queries, of chosen groups
+  // of 16 (see Survivor), in their places.
+  void bounds_of_block(int64_t user, int64_t block, float* bounds);
   void bounds_of_row(int64_t user, int64_t row, uint64_t groups, float* bounds);
 
   const ScanCounts& counts() const { return counts_; }
@@ -39,8 +41,9 @@ class CodeScanner {
     int64_t row, user, count;
   };
 
-  void sum_blocks(int64_t user, int64_t begin, int64_t blocks, Ahead ahead);
-  void prune(int64_t user, int64_t begin, int64_t blocks, const float* bias, float* bounds, uint32_t* survivors);
+  void sum_blocks(int64_t user, int64_t first_block, int64_t blocks, Ahead ahead);
+  void prune(int64_t user, int64_t first_block, int64_t blocks, const float* bias, float* bounds, uint32_t* survivors);
+  const float* bias_of_blocks(int64_t first_block, int64_t blocks);
   int64_t groups_of(int64_t user) const;
   uint64_t groups_that_reach(int64_t user, int64_t row, int64_t i, int64_t rows, float bound) const;
   void keep(const Survivor& survivor);
@@ -61,6 +64,7 @@ class CodeScanner {
   Workspace& work_;
   Results& results_;
   const int slot_;
+  const int64_t step_;
   ScanCounts counts_;
 };
 

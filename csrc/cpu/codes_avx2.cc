@@ -1,5 +1,5 @@
-// Sums of products of codes by AVX2. Products of 4-bit codes are added in pairs of 16 bits, which they cannot exceed; those
-// of 8-bit codes are widened first, since pairs of them can.
+// Sums of products of codes by AVX2. Products of 4-bit codes are added in pairs of 16 bits, which they cannot exceed;
+// those of 8-bit codes are widened first, since pairs of them can.
 #include <immintrin.h>
 
 #include "code_kernels.h"
@@ -7,8 +7,8 @@
 namespace urm {
 namespace {
 
-constexpr int kRegister = 32;     // bytes: four elements of 8 rows
-constexpr int kWide = 64;         // four elements of 16 rows or queries
+constexpr int kRegister = 32;      // bytes: four elements of 8 rows
+constexpr int kWide = 64;          // four elements of 16 rows or queries
 constexpr int64_t kPairSteps = 8;  // 8 * 2 * 15 * 127 stays below 2^15
 
 int32_t quad_at(const void* quad) {

@@ -1,5 +1,5 @@
-// Sums of products of codes by AVX-512 VNNI: 64 products of unsigned codes of rows and signed ones of queries at a time,
-// added by fours, exactly.
+// Sums of products of codes by AVX-512 VNNI: 64 products of unsigned codes of rows and signed ones of queries at a
+// time, added by fours, exactly.
 #include <immintrin.h>
 
 #include "code_kernels.h"
@@ -7,41 +7,58 @@
 namespace urm {
 namespace {
 
-constexpr int kRegister = 64;           // bytes: four elements of 16 rows
-constexpr int kIntoSecondLevel = 2;     // of prefetches, as in kernels_template.h
-constexpr int kMostQueries = 8;         // multiplied with a block at a time
+constexpr int kRegister = 64;        // bytes: four elements of 16 rows
+constexpr int kIntoSecondLevel = 2;  // of prefetches, as in kernels_template.h
 
-// Memory to be fetched, spread evenly over `steps` steps.
+// Memory to be fetched, `Each` prefetches at every step, which overlap where there are more than lines. Their number is
+// constant: a loop or branch here makes GCC 12 copy all sums around it.
+template <int Each>
 struct Fetch {
-  const char* next;
-  int64_t lines, steps;
-  int64_t due = 0;
+  const char* next = nullptr;
+  int64_t stride = 0;
+
+  Fetch(Ahead ahead, int64_t steps)
+      : next(ahead.address), stride((ahead.lines * kCacheLine + steps * Each - 1) / (steps * Each)) {}
 
   __attribute__((always_inline)) inline void step() {
-    for (due += lines; due >= steps; due -= steps, next += kCacheLine) __builtin_prefetch(next, 0, kIntoSecondLevel);
+#pragma GCC unroll 8
+    for (int i = 0; i < Each; ++i) __builtin_prefetch(next + i * stride, 0, kIntoSecondLevel);
+    next += Each * stride;
   }
 };
 
-__attribute__((always_inline)) inline __m512i query_quad(const int8_t* quad) {
+template <>
+struct Fetch<0> {
+  Fetch(Ahead, int64_t) {}
+  __attribute__((always_inline)) inline void step() {}
+};
+
+__attribute__((always_inline)) inline __m512i repeated_quad(const void* quad) {
   int32_t bytes;
   __builtin_memcpy(&bytes, quad, sizeof bytes);
   return _mm512_set1_epi32(bytes);
+}
+
+// Not _mm512_dpbusd_epi32, around which GCC 12 copies every sum to another register and back.
+__attribute__((always_inline)) inline void add_products(__m512i& sums, __m512i rows, __m512i query) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(rows), "v"(query));
 }
 
 __attribute__((always_inline)) inline void keep_largest(int32_t* largest, __m512i sums, bool first) {
   _mm512_storeu_si512(largest, first ? sums : _mm512_max_epi32(sums, _mm512_loadu_si512(largest)));
 }
 
-// Q queries with `Blocks` blocks. The codes of rows 16..31 stand in the high halves of the bytes: the sum with whole bytes
-// less that with low halves is 16 times theirs, so a single `and` serves both.
-template <int Q, int Blocks>
-void largest4_of(const char* codes, int64_t stride, int64_t quads, const int8_t* queries, const int32_t* starts,
-                 bool first, Fetch& fetch, int32_t* largest) {
+// Q queries with `Blocks` blocks. The codes of rows 16..31 stand in the high halves of the bytes: the sum with whole
+// bytes less that with low halves is 16 times theirs, so a single `and` serves both.
+template <int Q, int Blocks, class Fetch>
+__attribute__((always_inline)) inline void largest4_of(const char* codes, int64_t stride, int64_t quads,
+                                                       const int8_t* queries, const int32_t* starts, bool first,
+                                                       Fetch& fetch, int32_t* largest) {
   __m512i low[Q][Blocks], both[Q][Blocks];
   for (int q = 0; q < Q; ++q)
     for (int b = 0; b < Blocks; ++b) {
       low[q][b] = _mm512_set1_epi32(starts[q]);
-      both[q][b] = _mm512_set1_epi32(17 * starts[q]);
+      both[q][b] = _mm512_add_epi32(_mm512_slli_epi32(low[q][b], 4), low[q][b]);
     }
   const __m512i low_half = _mm512_set1_epi8(15);
   for (int64_t quad = 0; quad < quads; ++quad, codes += kRegister, queries += kRegister) {
@@ -53,29 +70,30 @@ void largest4_of(const char* codes, int64_t stride, int64_t quads, const int8_t*
     }
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
-      const __m512i u = query_quad(queries + q * kQuad);
+      const __m512i u = repeated_quad(queries + q * kQuad);
 #pragma GCC unroll 4
       for (int b = 0; b < Blocks; ++b) {
-        low[q][b] = _mm512_dpbusd_epi32(low[q][b], x_low[b], u);
-        both[q][b] = _mm512_dpbusd_epi32(both[q][b], x[b], u);
+        add_products(low[q][b], x_low[b], u);
+        add_products(both[q][b], x[b], u);
       }
     }
     fetch.step();
   }
   for (int b = 0; b < Blocks; ++b) {
-    __m512i low_most = low[0][b], high_most = _mm512_srai_epi32(_mm512_sub_epi32(both[0][b], low[0][b]), 4);
+    __m512i low_most = low[0][b], high_most = _mm512_sub_epi32(both[0][b], low[0][b]);
     for (int q = 1; q < Q; ++q) {
       low_most = _mm512_max_epi32(low_most, low[q][b]);
-      high_most = _mm512_max_epi32(high_most, _mm512_srai_epi32(_mm512_sub_epi32(both[q][b], low[q][b]), 4));
+      high_most = _mm512_max_epi32(high_most, _mm512_sub_epi32(both[q][b], low[q][b]));
     }
     keep_largest(largest + b * kBlockRows, low_most, first);
-    keep_largest(largest + b * kBlockRows + kLanes, high_most, first);
+    keep_largest(largest + b * kBlockRows + kLanes, _mm512_srai_epi32(high_most, 4), first);
   }
 }
 
-template <int Q, int Blocks>
-void largest8_of(const char* codes, int64_t stride, int64_t quads, const int8_t* queries, const int32_t* starts,
-                 bool first, Fetch& fetch, int32_t* largest) {
+template <int Q, int Blocks, class Fetch>
+__attribute__((always_inline)) inline void largest8_of(const char* codes, int64_t stride, int64_t quads,
+                                                       const int8_t* queries, const int32_t* starts, bool first,
+                                                       Fetch& fetch, int32_t* largest) {
   __m512i sums[Q][Blocks][2];
   for (int q = 0; q < Q; ++q)
     for (int b = 0; b < Blocks; ++b) sums[q][b][0] = sums[q][b][1] = _mm512_set1_epi32(starts[q]);
@@ -88,11 +106,11 @@ void largest8_of(const char* codes, int64_t stride, int64_t quads, const int8_t*
     }
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
-      const __m512i u = query_quad(queries + q * kQuad);
+      const __m512i u = repeated_quad(queries + q * kQuad);
 #pragma GCC unroll 4
       for (int b = 0; b < Blocks; ++b) {
-        sums[q][b][0] = _mm512_dpbusd_epi32(sums[q][b][0], x[b][0], u);
-        sums[q][b][1] = _mm512_dpbusd_epi32(sums[q][b][1], x[b][1], u);
+        add_products(sums[q][b][0], x[b][0], u);
+        add_products(sums[q][b][1], x[b][1], u);
       }
     }
     fetch.step();
@@ -105,44 +123,60 @@ void largest8_of(const char* codes, int64_t stride, int64_t quads, const int8_t*
     }
 }
 
-template <int Bits, int Q, int Blocks>
+template <int Bits, int Q, int Blocks, class Fetch>
+__attribute__((always_inline)) inline void one_call(const char* codes, int64_t stride, int64_t quads,
+                                                    const int8_t* queries, const int32_t* starts, bool first,
+                                                    Fetch& fetch, int32_t* largest) {
+  if constexpr (Bits == 4) largest4_of<Q, Blocks>(codes, stride, quads, queries, starts, first, fetch, largest);
+  else largest8_of<Q, Blocks>(codes, stride, quads, queries, starts, first, fetch, largest);
+}
+
+// `Quads`, where it is not 0, is known to the compiler.
+template <int Bits, int Q, int Blocks, int Quads, bool Fetching>
 void some_queries(const char* codes, int64_t stride, int64_t blocks, int64_t quads, const int8_t* queries,
-                  const int32_t* starts, bool first, Fetch& fetch, int32_t* largest) {
-  constexpr auto together = Bits == 4 ? largest4_of<Q, Blocks> : largest8_of<Q, Blocks>;
-  constexpr auto alone = Bits == 4 ? largest4_of<Q, 1> : largest8_of<Q, 1>;
+                  const int32_t* starts, bool first, Ahead ahead, int32_t* largest) {
+  if (Quads) quads = Quads;
+  // A block's sides are some more lines than its quads.
+  Fetch<Fetching ? Blocks + 1 : 0> fetch(ahead, (blocks / Blocks + blocks % Blocks) * quads);
   int64_t b = 0;
   for (; b + Blocks <= blocks; b += Blocks)
-    together(codes + b * stride, stride, quads, queries, starts, first, fetch, largest + b * kBlockRows);
-  for (; b < blocks; ++b)
-    alone(codes + b * stride, stride, quads, queries, starts, first, fetch, largest + b * kBlockRows);
+    one_call<Bits, Q, Blocks>(codes + b * stride, stride, quads, queries, starts, first, fetch,
+                              largest + b * kBlockRows);
+  if constexpr (Blocks > 1)
+    for (; b < blocks; ++b)
+      one_call<Bits, Q, 1>(codes + b * stride, stride, quads, queries, starts, first, fetch, largest + b * kBlockRows);
+}
+
+template <int Bits, int Q, int Blocks, bool Fetching>
+void some_queries_sized(const char* codes, int64_t stride, int64_t blocks, int64_t quads, const int8_t* queries,
+                        const int32_t* starts, bool first, Ahead ahead, int32_t* largest) {
+  const auto sized = quads == 32   ? some_queries<Bits, Q, Blocks, 32, Fetching>
+                     : quads == 16 ? some_queries<Bits, Q, Blocks, 16, Fetching>
+                                   : some_queries<Bits, Q, Blocks, 0, Fetching>;
+  sized(codes, stride, blocks, quads, queries, starts, first, ahead, largest);
+}
+
+// Queries [q, q + Q); memory ahead is fetched along with the first.
+template <int Bits, int Q, int Blocks>
+int64_t next_queries(const char* codes, int64_t stride, int64_t blocks, int64_t quads, const int8_t* queries,
+                     const int32_t* starts, int64_t q, Ahead ahead, int32_t* largest) {
+  const auto pass =
+      ahead.lines ? some_queries_sized<Bits, Q, Blocks, true> : some_queries_sized<Bits, Q, Blocks, false>;
+  pass(codes, stride, blocks, quads, queries + (q / kLanes * quads * kLanes + q % kLanes) * kQuad, starts + q,
+       q % kLanes == 0, ahead, largest + q / kLanes * blocks * kBlockRows);
+  return q + Q;
 }
 
 template <int Bits>
 void largest(const char* codes, int64_t stride, int64_t blocks, int64_t quads, const int8_t* queries,
              const int32_t* starts, int64_t count, Ahead ahead, int32_t* largest) {
-  const auto calls = [=](int64_t together) { return blocks / together + blocks % together; };
-  const int64_t rest = count % kMostQueries;
-  const int64_t passes = count / kMostQueries * blocks + (rest & 4 ? calls(2) : 0) + (rest & 2 ? calls(4) : 0) +
-                         (rest & 1 ? calls(4) : 0);
-  Fetch fetch{ahead.address, ahead.lines, passes * quads};
-  for (int64_t q = 0; q < count;) {
-    const int8_t* group = queries + (q / kLanes * quads * kLanes + q % kLanes) * kQuad;
+  for (int64_t q = 0; q < count; ahead.lines = 0) {
     const int64_t left = count - q;
-    const bool first = q % kLanes == 0;
-    int32_t* most = largest + q / kLanes * blocks * kBlockRows;
-    if (left >= 8) {
-      some_queries<Bits, 8, 1>(codes, stride, blocks, quads, group, starts + q, first, fetch, most);
-      q += 8;
-    } else if (left >= 4) {
-      some_queries<Bits, 4, 2>(codes, stride, blocks, quads, group, starts + q, first, fetch, most);
-      q += 4;
-    } else if (left >= 2) {
-      some_queries<Bits, 2, 4>(codes, stride, blocks, quads, group, starts + q, first, fetch, most);
-      q += 2;
-    } else {
-      some_queries<Bits, 1, 4>(codes, stride, blocks, quads, group, starts + q, first, fetch, most);
-      q += 1;
-    }
+    const auto next = left >= 8   ? next_queries<Bits, 8, 1>
+                      : left >= 4 ? next_queries<Bits, 4, 2>
+                      : left >= 2 ? next_queries<Bits, 2, 4>
+                                  : next_queries<Bits, 1, 4>;
+    q = next(codes, stride, blocks, quads, queries, starts, q, ahead, largest);
   }
 }
 
@@ -156,14 +190,11 @@ void of_row(const uint8_t* row, int64_t quads, const int8_t* queries, const int3
     for (; quad + kChains <= quads; quad += kChains, queries += kChains * kRegister)
 #pragma GCC unroll 4
       for (int c = 0; c < kChains; ++c)
-        chain[c] =
-            _mm512_dpbusd_epi32(chain[c], query_quad(reinterpret_cast<const int8_t*>(row) + (quad + c) * kQuad),
-                                _mm512_loadu_si512(queries + c * kRegister));
+        add_products(chain[c], repeated_quad(row + (quad + c) * kQuad), _mm512_loadu_si512(queries + c * kRegister));
     for (; quad < quads; ++quad, queries += kRegister)
-      chain[0] = _mm512_dpbusd_epi32(chain[0], query_quad(reinterpret_cast<const int8_t*>(row) + quad * kQuad),
-                                     _mm512_loadu_si512(queries));
-    _mm512_storeu_si512(
-        sums, _mm512_add_epi32(_mm512_add_epi32(chain[0], chain[1]), _mm512_add_epi32(chain[2], chain[3])));
+      add_products(chain[0], repeated_quad(row + quad * kQuad), _mm512_loadu_si512(queries));
+    _mm512_storeu_si512(sums,
+                        _mm512_add_epi32(_mm512_add_epi32(chain[0], chain[1]), _mm512_add_epi32(chain[2], chain[3])));
   }
 }
 

@@ -68,7 +68,7 @@ class Encoder {
 
   EncodedRows encode(int bits, int place) {
     EncodedRows out;
-    out.quads = reinterpret_cast<uint32_t(*)[kLanes]>(codes_.data() + place * quads_ * kLanes);
+    out.quads = reinterpret_cast<uint32_t (*)[kLanes]>(codes_.data() + place * quads_ * kLanes);
     std::copy(panel_.begin(), panel_.end(), scratch_.begin());
     kernels_.encode_panel(scratch_.data(), r_, largest_, bits, &out);
     return out;

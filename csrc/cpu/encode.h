@@ -20,8 +20,8 @@ struct EncodeRequest {
 // All whole blocks of the items.
 void encode_blocks(const EncodeRequest& request);
 
-// Items 0, 1, ... are the new contents of these rows (ascending): their places in `blocks` and `fine` are written, of rows
-// within the first `blocks_count` blocks.
+// Items 0, 1, ... are the new contents of these rows (ascending): their places in `blocks` and `fine` are written, of
+// rows within the first `blocks_count` blocks.
 void encode_rows(const EncodeRequest& request, const int64_t* rows, int64_t blocks_count);
 
 }  // namespace urm

@@ -35,8 +35,8 @@ int useful_threads(const ScanRequest& request, int64_t queries, int64_t padded, 
   return static_cast<int>(std::clamp<double>(work / kWorkPerThread, 1, std::max(request.threads, 1)));
 }
 
-// Near the golden section of the chunks, and without a common divisor: whatever order a catalogue has, the chunks of any
-// time are spread over all of it.
+// Near the golden section of the chunks, and without a common divisor: whatever order a catalogue has, the chunks of
+// any time are spread over all of it.
 int64_t scattering_step(int64_t chunks) {
   int64_t step = std::max<int64_t>(1, chunks * 618 / 1000);
   while (std::gcd(step, chunks) != 1) ++step;

@@ -1,13 +1,23 @@
 #include "guess.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <limits>
+
+#include "code_scanner.h"
+#include "float_environment.h"
+#include "thread_pool.h"
+#include "topk_results.h"
 
 namespace urm {
 namespace {
 
 constexpr int64_t kStep = 256;                // of the sample: its exact scores cost 0.4 % of an exact scan
 constexpr int64_t kFewestRows = 1 << 16;      // a sample of 256
-constexpr int64_t kFewestResults = 512;       // of a plain table: below, the running threshold is soon as good as a guess from two rows
+constexpr int64_t kFewestResults = 512;       // below, the running threshold is soon as good as a guess from two rows
+constexpr int64_t kBlockStep = 64;            // of a sample of blocks: their codes are 1.6 % of all
+constexpr double kMostTogether = 8;           // rows of a block on average among the best; more, and there is no guess
 constexpr double kDeviations = 3, kMore = 3;  // a guess is refuted once in a thousand, also where counts are small
 
 // The exact score at `rank` among every kStep-th row.
@@ -26,14 +36,71 @@ AlignedVector<float> score_at_rank(const ScanRequest& request, int64_t first, in
   return found;
 }
 
+// Whether a row of the block has been: its codes may be changing.
+bool is_replaced(const Overlay& overlay, int64_t block) {
+  if (!overlay.count) return false;
+  const int64_t place = overlay.from(block * kBlockRows);
+  return place < overlay.count && overlay.rows[place] < (block + 1) * kBlockRows;
+}
+
+// Of the rows found, how many there are in a block on average.
+double rows_together(const uint64_t* keys, int64_t count) {
+  AlignedVector<uint32_t> blocks(count);
+  for (int64_t i = 0; i < count; ++i) blocks[i] = key_row(keys[i]) / kBlockRows;
+  std::sort(blocks.begin(), blocks.end());
+  const auto different = std::unique(blocks.begin(), blocks.end()) - blocks.begin();
+  return static_cast<double>(count) / std::max<double>(1, static_cast<double>(different));
+}
+
 }  // namespace
 
 AlignedVector<float> guess_thresholds(const TopKRequest& request, int64_t first, int64_t last) {
-  const int64_t fewest = request.codes.bits ? 1 : kFewestResults;
-  if (request.items.rows < kFewestRows || request.k < fewest || request.k > request.items.rows / 2) return {};
+  if (request.items.rows < kFewestRows || request.k < kFewestResults || request.k > request.items.rows / 2) return {};
   const double expected = static_cast<double>(request.k) / kStep;
   const int64_t rank = static_cast<int64_t>(std::ceil(expected + kDeviations * std::sqrt(expected) + kMore));
   return score_at_rank(request, first, last, rank);
+}
+
+AlignedVector<float> guess_by_codes(const TopKRequest& request, Group& group, std::vector<Workspace>& work) {
+  const int64_t blocks = request.codes.count / kBlockStep;
+  if (request.items.rows < kFewestRows || !request.k || request.k > request.items.rows / 2) return {};
+  const double expected = static_cast<double>(request.k) * (blocks * kBlockRows) / request.items.rows;
+  const auto rank_for = [=](double together) {
+    return static_cast<int64_t>(std::ceil(expected + kDeviations * std::sqrt(expected * together) + kMore * together));
+  };
+  const int64_t most = rank_for(kMostTogether);
+  TopKResults results(group, most, topk_buffer_capacity(most, request.items.rows));
+  std::atomic<int64_t> next{0};
+  run_parallel(group.threads, [&](int slot) {
+    const DefaultFloatEnvironment environment;
+    CodeScanner<TopKResults> scanner(group, work[slot], results, slot, kBlockStep);
+    // A few at first: without a threshold all rows survive.
+    int64_t taken = 1;
+    for (int64_t block; (block = next.fetch_add(taken, std::memory_order_relaxed)) < blocks;) {
+      results.adopt(slot);
+      for (int64_t end = std::min(blocks, block + taken), run; block < end; block += std::max<int64_t>(1, run)) {
+        for (run = 0; block + run < end && !is_replaced(request.overlay, (block + run) * kBlockStep); ++run) {
+        }
+        if (run) scanner.scan(block, run);
+      }
+      if (taken < kStretchBlocks) scanner.finish();
+      taken = std::min(kStretchBlocks, 2 * taken);
+      results.publish(slot);
+    }
+    scanner.finish();
+    results.publish(slot);
+    group.count(scanner.counts());
+  });
+  AlignedVector<float> guesses(group.users, -std::numeric_limits<float>::infinity());
+  for (int64_t user = 0; user < group.users; ++user) {
+    TopKBuffer& best = results.best(user);
+    uint64_t* keys = best.keys();
+    const int64_t found = std::min(most, best.size());
+    std::partial_sort(keys, keys + found, keys + best.size(), std::greater<uint64_t>());
+    const int64_t rank = rank_for(rows_together(keys, found));
+    if (rank <= found) guesses[user] = key_score(keys[rank - 1]);
+  }
+  return guesses;
 }
 
 AlignedVector<float> best_of_sample(const ScanRequest& request, int64_t first, int64_t last) {

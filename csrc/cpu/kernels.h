@@ -90,11 +90,12 @@ struct Kernels {
   void (*encode_panel)(float* panel, int64_t r, const float* largest_before, int bits, EncodedRows* out);
   void (*largest_of_panel)(const float* panel, int64_t r, float* largest);
 
-  // Upper bounds of `blocks` blocks from the largest sums of `groups` groups of queries, as prune_bound: bounds [blocks, 32], and the set of rows of
-  // each block whose bound is not below `threshold`. sides: where the first block's codes end.
+  // Upper bounds of `blocks` blocks from the largest sums of `groups` groups of queries, as prune_bound: bounds
+  // [blocks, 32], and the set of rows of each block whose bound is not below `threshold`. sides: where the first
+  // block's codes end.
   void (*prune_codes)(const int32_t* sums, int64_t groups, const char* sides, int64_t stride, int64_t blocks,
-                      const CodeBound& user, float relative, float offset, const float* bias, float threshold, float* bounds,
-                      uint32_t* survivors);
+                      const CodeBound& user, float relative, float offset, const float* bias, float threshold,
+                      float* bounds, uint32_t* survivors);
 
   // Upper bounds of one row's dots with 16 queries.
   void (*bounds_of_queries)(const int32_t* sums, const float* kept, const float* lost, const CodedRow& row,

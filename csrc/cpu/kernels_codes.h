@@ -1,11 +1,12 @@
-// Codes of rows and what their bounds rule out, over a vector type V of 16 floats; part of kernels_template.h, whose rules
-// hold here, too. A *code panel* holds 16 rows as [element][row]: every step is the same for all rows, and no instruction
-// set changes a bit of a code.
+// Codes of rows and what their bounds rule out, over a vector type V of 16 floats; part of kernels_template.h, whose
+// rules hold here, too. A *code panel* holds 16 rows as [element][row]: every step is the same for all rows, and no
+// instruction set changes a bit of a code.
 #pragma once
 
 template <class V>
 struct CodeKernelsOf {
-  static constexpr int kSums = 4;  // running sums of a sum over elements: element e goes to e % 4, (0 + 2) + (1 + 3) in the end
+  static constexpr int kSums =
+      4;  // running sums of a sum over elements: element e goes to e % 4, (0 + 2) + (1 + 3) in the end
   static constexpr int kClips = 7;  // scales tried: the largest element becomes 1, 15/16, ... 10/16 of the largest code
 
   static void to_code_panel(const float* rows, int64_t stride, int64_t r, float* panel) {
@@ -53,10 +54,10 @@ struct CodeKernelsOf {
   }
 
   static void rotate_panel(const Rotation& rotation, float* panel) {
-    const float factor = rotation.factor();
+    const float factor = rotation_factor(rotation);
     for (int64_t step = 0; step < rotation.steps; ++step) {
       const float* signs = rotation.signs + step * rotation.p;
-      const int64_t start = rotation.start(step), left = rotation.r - start;
+      const int64_t start = start_of_step(rotation, step), left = rotation.r - start;
       const auto at = [=](int64_t i) { return panel + (i < left ? start + i : i - left) * kLanes; };
       for (int64_t i = 0; i < rotation.p; ++i)
         V::multiply(V::load(at(i)), V::broadcast(signs[i] * factor)).store(at(i));
@@ -172,7 +173,8 @@ struct CodeKernelsOf {
     return V::add(V::add(dots[0], dots[2]), V::add(dots[1], dots[3]));
   }
 
-  // quads[q][i]: the bytes code + offset of four elements of row i; codes of rows that are not kept, and past the end, are 0.
+  // quads[q][i]: the bytes code + offset of four elements of row i; codes of rows that are not kept, and past the end,
+  // are 0.
   static void write_quads(const float* panel, int64_t r, V inverse, int bits, const uint32_t* kept,
                           uint32_t (*quads)[kLanes]) {
     const float most = static_cast<float>(largest_code(bits));
@@ -194,8 +196,8 @@ struct CodeKernelsOf {
 
   // Bounds of blocks from a user's largest sums; see Kernels.
   static void prune_codes(const int32_t* sums, int64_t groups, const char* sides, int64_t stride, int64_t blocks,
-                          const CodeBound& user, float relative, float offset, const float* bias, float threshold, float* bounds,
-                          uint32_t* survivors) {
+                          const CodeBound& user, float relative, float offset, const float* bias, float threshold,
+                          float* bounds, uint32_t* survivors) {
     const V step = V::broadcast(user.step), kept = V::broadcast(user.kept), lost = V::broadcast(user.lost);
     const V error = V::broadcast(user.error), underflow = V::broadcast(user.underflow), least = V::broadcast(threshold);
     const V no_lost = V::broadcast(-user.lost_reference), no_norm = V::broadcast(-user.norm_reference);

@@ -45,7 +45,7 @@ class MeasuredPace {
  private:
   using Clock = std::chrono::steady_clock;
   enum class State { kCodes, kRows, kTryCodes, kTryRows };
-  static constexpr int64_t kPairsPerSurvivor = 16;  // fewer survivors are certainly worth it
+  static constexpr int64_t kPairsPerSurvivor = 16;                             // fewer survivors are certainly worth it
   static constexpr int64_t kTrial = 4, kShortestRun = 16, kLongestRun = 1024;  // stretches
 
   void begin(State trial) {

@@ -15,7 +15,8 @@ bool scan_group(const PartitionRequest& request, int64_t first, int64_t last, in
     const AlignedVector<float> best = best_of_sample(request, first, last);
     for (int64_t user = 0; user < static_cast<int64_t>(best.size()); ++user) results.expect(user, best[user]);
   }
-  if (!run_scan(group, results)) return false;
+  std::vector<Workspace> work = workspaces(group);
+  if (!run_scan(group, work, results)) return false;
   for (int64_t user = 0; user < group.users; ++user)
     request.out[first + user] = log_of_sum(results.sums_of(user), group.threads, group.users);
   return true;

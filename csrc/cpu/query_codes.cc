@@ -7,8 +7,8 @@ namespace urm {
 namespace {
 
 constexpr float kLargestQueryCode = 127.0f;
-constexpr double kGrowth = 1 + 1e-6;       // covers the roundings of sums in double precision and to float
-constexpr float kLeastKept = 0x1p-120f;    // so that no product of a length with +inf is NaN
+constexpr double kGrowth = 1 + 1e-6;     // covers the roundings of sums in double precision and to float
+constexpr float kLeastKept = 0x1p-120f;  // so that no product of a length with +inf is NaN
 
 // Rotated copies of all queries, [total, padded].
 AlignedVector<float> rotated(const PackedQueries& packed, int64_t padded, const Codes& codes, const Kernels& kernels) {
@@ -91,15 +91,15 @@ QueryCodes encode_queries(const PackedQueries& packed, int64_t users, int64_t pa
       }
       out.kept[at] = static_cast<float>(std::sqrt(kept) * kGrowth) + kLeastKept;
       out.lost[at] = static_cast<float>(std::sqrt(lost) * kGrowth) + kLeastKept;
-      const double slack = static_cast<double>(out.kept[at]) * lost_reference +
-                           static_cast<double>(out.lost[at]) * norm_reference;
+      const double slack =
+          static_cast<double>(out.kept[at]) * lost_reference + static_cast<double>(out.lost[at]) * norm_reference;
       out.starts[at] = static_cast<int32_t>(std::ceil(slack / step * kGrowth) - scan_offset * sum);
       out.row_starts[at] = static_cast<int32_t>(-row_offset * sum);
       bound.kept = std::max(bound.kept, out.kept[at]);
       bound.lost = std::max(bound.lost, out.lost[at]);
     }
     if (!(bound.kept + bound.lost <= kLargestCodedLength)) return {};
-    bound.error = code_error(r, codes.rotation.roundings()) * (bound.kept + bound.lost);
+    bound.error = code_error(r, rotation_roundings(codes.rotation)) * (bound.kept + bound.lost);
     out.bounds.push_back(bound);
   }
   return out;

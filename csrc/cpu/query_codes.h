@@ -21,13 +21,13 @@ struct Codes {
 };
 
 struct QueryCodes {
-  AlignedVector<int8_t> codes;          // [groups][quads][16][4], see CodeSums
-  AlignedVector<int32_t> starts;        // [groups * 16] of a scan's sums: slack, less offset * sum
-  AlignedVector<int32_t> row_starts;    // of one row's sums, which have no slack
-  AlignedVector<float> kept, lost;      // [groups * 16]
-  AlignedVector<int64_t> first_group;   // of each user
-  AlignedVector<CodeBound> bounds;      // likewise
-  int64_t most_groups = 0;              // of a user
+  AlignedVector<int8_t> codes;         // [groups][quads][16][4], see CodeSums
+  AlignedVector<int32_t> starts;       // [groups * 16] of a scan's sums: slack, less offset * sum
+  AlignedVector<int32_t> row_starts;   // of one row's sums, which have no slack
+  AlignedVector<float> kept, lost;     // [groups * 16]
+  AlignedVector<int64_t> first_group;  // of each user
+  AlignedVector<CodeBound> bounds;     // likewise
+  int64_t most_groups = 0;             // of a user
 
   bool empty() const { return bounds.empty(); }
 };

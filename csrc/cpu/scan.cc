@@ -33,13 +33,15 @@ int64_t write_user(const TopKRequest& request, const Group& group, TopKBuffer& b
 // False when interrupted. Users whose guessed threshold is refuted are scanned again without one.
 bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t padded, bool guess) {
   Group group(request, first, last, padded);
+  std::vector<Workspace> work = workspaces(group);
   AlignedVector<float> guesses;
-  if (guess && (group.bounds.score || !group.query_codes.empty())) guesses = guess_thresholds(request, first, last);
+  if (guess && !group.query_codes.empty()) guesses = guess_by_codes(request, group, work);
+  else if (guess && group.bounds.score) guesses = guess_thresholds(request, first, last);
   const int64_t n = request.items.rows, k = std::min(request.k, n);
   TopKResults results(group, k, topk_buffer_capacity(k, n));
   for (int64_t user = 0; user < static_cast<int64_t>(guesses.size()); ++user)
     results.raise_floor(user, lowest_key(guesses[user]));
-  if (k && !run_scan(group, results)) return false;
+  if (k && !run_scan(group, work, results)) return false;
   std::atomic<int64_t> next_user{0};
   AlignedVector<int64_t> found(group.users);
   run_parallel(static_cast<int>(std::min<int64_t>(group.threads, group.users)), [&](int) {

@@ -66,9 +66,10 @@ int64_t Scanner<Results>::scan_codes(int64_t begin, int64_t end) {
   int64_t survived = 0, row = begin;
   while (row < coded) {
     const int64_t place = overlay.count ? overlay.from(row) : 0;
-    const int64_t replaced = place < overlay.count ? overlay.rows[place] / kBlockRows * kBlockRows : coded;
-    if (row < replaced) survived += codes_.scan(row, std::min(coded, replaced));
-    row = std::min(coded, replaced);
+    const int64_t next = place < overlay.count ? overlay.rows[place] / kBlockRows * kBlockRows : coded;
+    const int64_t replaced = std::min(coded, next);
+    if (row < replaced) survived += codes_.scan(row / kBlockRows, (replaced - row) / kBlockRows);
+    row = replaced;
     if (row < coded) scan_rows(row, row + kBlockRows), row += kBlockRows;
   }
   scan_rows(coded, end);

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "float_environment.h"
 #include "code_scanner.h"
+#include "float_environment.h"
 #include "topk_results.h"
 #include "workspace.h"
 
@@ -60,7 +60,7 @@ bool code_bounds(const QueriesView& queries, const MatrixView& items, const Code
     const int64_t first = group.packed.start[user], count = group.packed.start[user + 1] - first;
     for (int64_t row = 0; row < codes.rows() && count; ++row) {
       if (!of_queries) {
-        if (row % kBlockRows == 0) scanner.bounds_of_block(user, row, out + user * items.rows + row);
+        if (row % kBlockRows == 0) scanner.bounds_of_block(user, row / kBlockRows, out + user * items.rows + row);
         continue;
       }
       scanner.bounds_of_row(user, row, ~uint64_t{0}, work.row_bounds.data());

@@ -5,9 +5,9 @@
 
 namespace urm {
 
-constexpr int64_t kStretchBlocks = 8;   // of codes, scanned for one user after the other
-constexpr int64_t kSurvivors = 2048;    // that wait for their rows; when there are as many, all are rescored
-constexpr int64_t kRescoreBatch = 16;   // whose rows are fetched before the first is used
+constexpr int64_t kStretchBlocks = 8;  // of codes, scanned for one user after the other
+constexpr int64_t kSurvivors = 512;    // that wait for their rows; when there are as many, all are rescored
+constexpr int64_t kRescoreBatch = 16;  // whose rows are fetched before the first is used
 
 // A pair that the scan of the codes could not rule out.
 struct Survivor {

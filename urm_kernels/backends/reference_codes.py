@@ -24,7 +24,7 @@ _LEAST_KEPT = 2.0**-120
 
 
 def rotate(rows: Tensor, codes: Codes) -> Tensor:
-    """float32 [..., r], rotated by the steps of csrc/cpu/rotation.h."""
+    """float32 [..., r], rotated by the steps of csrc/common/rotation.h."""
     r, p = rows.shape[-1], codes.rotation.shape[1]
     factor = torch.tensor(1 / math.sqrt(p), dtype=torch.float32, device=rows.device)
     out = rows.clone()
