@@ -40,12 +40,13 @@ struct Group {
   PackedQueries packed;
   AlignedVector<float> panel{};  // packed queries for the panel kernel; empty where rows are read as they lie
   GroupBounds bounds{};
+  bool guess = false;        // thresholds, as the scan goes on
   QueryCodes query_codes{};  // empty where the table's codes are of no use, or it has none
   int threads = 1;
   int64_t chunk_rows = 0;  // handed out at a time
   int64_t chunks = 0;
   int64_t chunk_step = 1;  // a chunk follows that many behind the one before, around the end
-  std::atomic<int64_t> next_chunk{0};
+  std::atomic<int64_t> next_chunk{0}, done_chunks{0};
   std::atomic<bool> stop{false};
   std::atomic<int64_t> bytes{0}, survivors{0}, scored{0};  // see ScanCounts
 

@@ -2,23 +2,22 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <limits>
 
 #include "code_scanner.h"
 #include "float_environment.h"
+#include "sampling.h"
 #include "thread_pool.h"
 #include "topk_results.h"
 
 namespace urm {
 namespace {
 
-constexpr int64_t kStep = 256;                // of the sample: its exact scores cost 0.4 % of an exact scan
-constexpr int64_t kFewestRows = 1 << 16;      // a sample of 256
-constexpr int64_t kFewestResults = 512;       // below, the running threshold is soon as good as a guess from two rows
-constexpr int64_t kBlockStep = 64;            // of a sample of blocks: their codes are 1.6 % of all
-constexpr double kMostTogether = 8;           // rows of a block on average among the best; more, and there is no guess
-constexpr double kDeviations = 3, kMore = 3;  // a guess is refuted once in a thousand, also where counts are small
+constexpr int64_t kStep = 256;            // of the sample: its exact scores cost 0.4 % of an exact scan
+constexpr int64_t kFewestRows = 1 << 16;  // a sample of 256
+constexpr int64_t kFewestResults = 512;   // below, the running threshold is soon as good as a guess from two rows
+constexpr int64_t kBlockStep = 64;        // of a sample of blocks: their codes are 1.6 % of all
+constexpr double kMostTogether = 4;       // rows of a block on average among the best; more, and there is no guess
 
 // The exact score at `rank` among every kStep-th row.
 AlignedVector<float> score_at_rank(const ScanRequest& request, int64_t first, int64_t last, int64_t rank) {
@@ -57,18 +56,14 @@ double rows_together(const uint64_t* keys, int64_t count) {
 AlignedVector<float> guess_thresholds(const TopKRequest& request, int64_t first, int64_t last) {
   if (request.items.rows < kFewestRows || request.k < kFewestResults || request.k > request.items.rows / 2) return {};
   const double expected = static_cast<double>(request.k) / kStep;
-  const int64_t rank = static_cast<int64_t>(std::ceil(expected + kDeviations * std::sqrt(expected) + kMore));
-  return score_at_rank(request, first, last, rank);
+  return score_at_rank(request, first, last, rank_in_part(expected, 1));
 }
 
 AlignedVector<float> guess_by_codes(const TopKRequest& request, Group& group, std::vector<Workspace>& work) {
   const int64_t blocks = request.codes.count / kBlockStep;
   if (request.items.rows < kFewestRows || !request.k || request.k > request.items.rows / 2) return {};
   const double expected = static_cast<double>(request.k) * (blocks * kBlockRows) / request.items.rows;
-  const auto rank_for = [=](double together) {
-    return static_cast<int64_t>(std::ceil(expected + kDeviations * std::sqrt(expected * together) + kMore * together));
-  };
-  const int64_t most = rank_for(kMostTogether);
+  const int64_t most = rank_in_part(expected, kMostTogether);
   TopKResults results(group, most, topk_buffer_capacity(most, request.items.rows));
   std::atomic<int64_t> next{0};
   run_parallel(group.threads, [&](int slot) {
@@ -97,7 +92,7 @@ AlignedVector<float> guess_by_codes(const TopKRequest& request, Group& group, st
     uint64_t* keys = best.keys();
     const int64_t found = std::min(most, best.size());
     std::partial_sort(keys, keys + found, keys + best.size(), std::greater<uint64_t>());
-    const int64_t rank = rank_for(rows_together(keys, found));
+    const int64_t rank = rank_in_part(expected, rows_together(keys, found));
     if (rank <= found) guesses[user] = key_score(keys[rank - 1]);
   }
   return guesses;

@@ -13,7 +13,7 @@ bool scan_group(const PartitionRequest& request, int64_t first, int64_t last, in
   PartitionResults results(group, request.temperature);
   if (group.bounds.score || !group.query_codes.empty()) {
     const AlignedVector<float> best = best_of_sample(request, first, last);
-    for (int64_t user = 0; user < static_cast<int64_t>(best.size()); ++user) results.expect(user, best[user]);
+    for (int64_t user = 0; user < static_cast<int64_t>(best.size()); ++user) results.expect_score(user, best[user]);
   }
   std::vector<Workspace> work = workspaces(group);
   if (!run_scan(group, work, results)) return false;

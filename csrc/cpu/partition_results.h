@@ -21,7 +21,7 @@ class PartitionResults {
   const ExponentialSum* sums_of(int64_t user) const { return sums_.data() + user; }
 
   // A score of an allowed row, which will be met again: what certainly does not count beside it need not be scored.
-  void expect(int64_t user, float score) {
+  void expect_score(int64_t user, float score) {
     ExponentialSum alone;
     alone.add(score / temperature_);
     tops_[user].store(alone.top, std::memory_order_relaxed);
@@ -39,6 +39,9 @@ class PartitionResults {
   }
 
   void take_one(int slot, int64_t user, int64_t, float score) { sum(slot, user).add(score / temperature_); }
+
+  // Thresholds here are certain, and nothing is to be gained by a guess.
+  void expect(int, int64_t) {}
 
   void adopt(int slot) {
     for (int64_t user = 0; user < group_.users; ++user)

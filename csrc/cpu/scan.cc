@@ -13,8 +13,9 @@ namespace {
 
 constexpr int64_t kGroupBufferBytes = 64 << 20;  // running top-k buffers of a group
 
-// A user's keys, cut to k and written out. Returns how many there were.
-int64_t write_user(const TopKRequest& request, const Group& group, TopKBuffer& best, int64_t user) {
+// A user's keys, cut to k and written out. Returns whether these are certainly the k best: none was missed that reaches
+// the floor, and k do.
+bool write_user(const TopKRequest& request, const Group& group, TopKBuffer& best, int64_t user) {
   uint64_t* keys = best.keys();
   const int64_t found = best.size(), k = std::min(request.k, found);
   if (k < found) std::nth_element(keys, keys + k, keys + found, std::greater<uint64_t>());
@@ -27,31 +28,30 @@ int64_t write_user(const TopKRequest& request, const Group& group, TopKBuffer& b
   }
   std::fill(scores + k, scores + request.k, -std::numeric_limits<float>::infinity());
   std::fill(ids + k, ids + request.k, int64_t{-1});
-  return found;
+  return best.floor() == kNoKey || (k == request.k && (!k || *std::min_element(keys, keys + k) >= best.floor()));
 }
 
 // False when interrupted. Users whose guessed threshold is refuted are scanned again without one.
 bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t padded, bool guess) {
   Group group(request, first, last, padded);
+  group.guess = guess && !group.query_codes.empty();
   std::vector<Workspace> work = workspaces(group);
   AlignedVector<float> guesses;
-  if (guess && !group.query_codes.empty()) guesses = guess_by_codes(request, group, work);
+  if (group.guess) guesses = guess_by_codes(request, group, work);
   else if (guess && group.bounds.score) guesses = guess_thresholds(request, first, last);
   const int64_t n = request.items.rows, k = std::min(request.k, n);
   TopKResults results(group, k, topk_buffer_capacity(k, n));
   for (int64_t user = 0; user < static_cast<int64_t>(guesses.size()); ++user)
-    results.raise_floor(user, lowest_key(guesses[user]));
+    if (guesses[user] > -std::numeric_limits<float>::infinity()) results.raise_floor(user, lowest_key(guesses[user]));
   if (k && !run_scan(group, work, results)) return false;
   std::atomic<int64_t> next_user{0};
-  AlignedVector<int64_t> found(group.users);
+  AlignedVector<uint8_t> proven(group.users);
   run_parallel(static_cast<int>(std::min<int64_t>(group.threads, group.users)), [&](int) {
     for (int64_t user; (user = next_user.fetch_add(1)) < group.users;)
-      found[user] = write_user(request, group, results.best(user), user);
+      proven[user] = write_user(request, group, results.best(user), user);
   });
-  for (int64_t user = 0; user < static_cast<int64_t>(guesses.size()); ++user) {
-    const bool refuted = found[user] < request.k && guesses[user] > -std::numeric_limits<float>::infinity();
-    if (refuted && !scan_group(request, first + user, first + user + 1, padded, false)) return false;
-  }
+  for (int64_t user = 0; user < group.users; ++user)
+    if (!proven[user] && !scan_group(request, first + user, first + user + 1, padded, false)) return false;
   return true;
 }
 

@@ -25,11 +25,21 @@ void Scanner<Results>::run() {
     results_.adopt(slot_);
     scan_chunk(begin, std::min(n, begin + group_.chunk_rows));
     results_.publish(slot_);
+    if (group_.guess) expect(group_.done_chunks.fetch_add(1, std::memory_order_relaxed) + 1);
     if (slot_ == 0 && request_.interrupted && request_.interrupted())
       group_.stop.store(true, std::memory_order_relaxed);
   }
   group_.count(counts_);
   group_.count(codes_.counts());
+}
+
+// At a thirty-second of the way, and whenever it has doubled up to a half. Chunks that others have begun count as done: their rows
+// may be among those found.
+template <class Results>
+void Scanner<Results>::expect(int64_t done) {
+  constexpr int64_t kFewestChunks = 6;
+  for (int64_t part = 32; part > 1; part /= 2)
+    if (done >= kFewestChunks && done == group_.chunks / part) results_.expect(slot_, done + group_.threads - 1);
 }
 
 // Rounding mode and tiles are set here and not once for all chunks: between two of them a signal handler may run, which

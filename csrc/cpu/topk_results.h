@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "group.h"
+#include "sampling.h"
 #include "topk_buffer.h"
 
 namespace urm {
@@ -16,6 +17,8 @@ class TopKResults {
  public:
   TopKResults(const Group& group, int64_t k, int64_t capacity)
       : group_(group),
+        k_(k),
+        of_chunk_(group.threads * group.chunks),
         keys_(group.users * capacity),
         fresh_keys_(group.threads * group.users * kFresh),
         best_(group.users),
@@ -25,10 +28,25 @@ class TopKResults {
     for (std::size_t i = 0; i < fresh_.size(); ++i) fresh_[i].keys = fresh_keys_.data() + i * kFresh;
   }
 
-  // Before the scan: only what reaches this is of use.
+  // Before the scan: only what reaches this is expected to be of use.
   void raise_floor(int64_t user, uint64_t floor) {
     best_[user].buffer.raise_floor(floor);
     best_[user].floor.store(floor, std::memory_order_relaxed);
+  }
+
+  // When `chunks` have been scanned or begun, in an order that scatters them: thresholds that k rows of the whole table
+  // are expected to reach.
+  void expect(int slot, int64_t chunks) {
+    for (int64_t user = 0; user < group_.users; ++user) {
+      const std::lock_guard<std::mutex> lock(best_[user].mutex);
+      TopKBuffer& buffer = best_[user].buffer;
+      const double share = static_cast<double>(chunks) / static_cast<double>(group_.chunks);
+      const int64_t rank = rank_in_part(share * static_cast<double>(k_), together(slot, buffer, chunks));
+      if (rank >= std::min(k_, buffer.size())) continue;
+      std::nth_element(buffer.keys(), buffer.keys() + (rank - 1), buffer.keys() + buffer.size(),
+                       std::greater<uint64_t>());
+      raise_floor(user, lowest_key(key_score(buffer.keys()[rank - 1])));
+    }
   }
 
   // After the scan: all that is left.
@@ -85,6 +103,18 @@ class TopKResults {
     std::atomic<uint64_t> floor{kNoKey};
   };
 
+  // The variance of the number of a chunk's rows in the buffer over its mean: 1 where rows come independently.
+  double together(int slot, TopKBuffer& buffer, int64_t chunks) {
+    int32_t* of_chunk = of_chunk_.data() + slot * group_.chunks;
+    std::fill(of_chunk, of_chunk + group_.chunks, 0);
+    for (int64_t i = 0; i < buffer.size(); ++i) ++of_chunk[key_row(buffer.keys()[i]) / group_.chunk_rows];
+    double squares = 0;
+    for (int64_t chunk = 0; chunk < group_.chunks; ++chunk)
+      squares += static_cast<double>(of_chunk[chunk]) * of_chunk[chunk];
+    const double mean = static_cast<double>(buffer.size()) / static_cast<double>(chunks);
+    return mean > 0 ? std::max(1.0, squares / static_cast<double>(chunks) / mean - mean) : 1.0;
+  }
+
   Fresh& fresh(int slot, int64_t user) { return fresh_[slot * group_.users + user]; }
 
   void push(int slot, int64_t user, uint64_t key) {
@@ -104,6 +134,8 @@ class TopKResults {
   }
 
   const Group& group_;
+  const int64_t k_;
+  AlignedVector<int32_t> of_chunk_;  // [threads, chunks]
   AlignedVector<uint64_t> keys_, fresh_keys_;
   std::vector<Best> best_;      // [users]
   AlignedVector<Fresh> fresh_;  // [threads, users]
