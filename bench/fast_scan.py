@@ -41,8 +41,8 @@ def index_of(items: Tensor, bytes_a_row: int) -> Any:
 
 def search(factor: int, index: Any, items: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """One search for factor k candidates of every query; a user's are joined and scored exactly."""
-    users, count, r = queries.shape
-    _, found = index.search(queries.reshape(-1, r).numpy(), min(factor * k, index.ntotal))
+    users = queries.shape[0]
+    _, found = index.search(queries.flatten(0, 1).numpy(), min(factor * k, index.ntotal))
     scores, ids = [], []
     for own, candidates in zip(queries, torch.from_numpy(found).view(users, -1), strict=True):
         rows = candidates[candidates >= 0].unique()

@@ -11,6 +11,7 @@ from bars import verdict
 from torch import Tensor
 
 from urm_kernels import ItemTable, score_topk, testing
+from urm_kernels.backends import codes as formats
 from urm_kernels.bench import PEERS, Cell, Contest, Experience, Peer, Spread, Table, check, timed, with_peers
 from urm_kernels.bench.cells import make_queries
 from urm_kernels.scoring import TopK
@@ -33,6 +34,13 @@ BARS: dict[tuple[str, int, int], dict[str, float]] = {
 def judged(data: str) -> str:
     """The codes that bars speak of: the default; 8 bits where so many rows are close to the best that 4 tell little."""
     return "int8" if data == "iid" else "int4"
+
+
+def all_code_bytes(cell: Cell) -> int:
+    """Of the packed forms of the cell's table, together."""
+    coarse = sum(formats.block_bytes(cell.r, 4 if kinds[0] == "int4" else 8) for kinds in KINDS)
+    fine = formats.fine_bytes(cell.r) * formats.BLOCK * sum(len(kinds) - 1 for kinds in KINDS)
+    return cell.N // formats.BLOCK * (coarse + fine)
 
 
 def code_bytes(table: ItemTable) -> int:

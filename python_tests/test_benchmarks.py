@@ -45,8 +45,8 @@ def path(tmp_path):
     return tmp_path / "results" / "grid.json"
 
 
-def run(cells, path, **options):
-    return grid.run(cells, path, this=MACHINE, **{"peers": TORCH, **options})
+def run(cells, path, like=grid.GRID, this=MACHINE, **options):
+    return grid.run(like._replace(cells=cells, results=path, peers=TORCH), this=this, **options)
 
 
 def cells_of(path):
@@ -75,14 +75,13 @@ def test_the_grid_is_the_one_promised():
     assert (grid.CELLS[0].N, grid.CELLS[-1].name) == (10**5, "N=1e7 bf16 r=128 B=32 M=16 k=10000")
 
 
-def test_a_run_resumes_where_it_was_stopped(path, monkeypatch):
+def test_a_run_resumes_where_it_was_stopped(path):
     assert run(CELLS[:3], path) == (3, 0, 0, 0)
     first = cells_of(path)
     assert run(CELLS, path) == (len(CELLS) - 3, 3, 0, 0)
     assert cells_of(path)[:3] == first
     assert [(c["N"], c["cell"]) for c in cells_of(path)] == [(c.N, str(c)) for c in CELLS]
-    monkeypatch.setattr(grid, "measured_table", never)
-    assert run(CELLS, path) == (0, len(CELLS), 0, 0)
+    assert run(CELLS, path, grid.GRID._replace(measured=never)) == (0, len(CELLS), 0, 0)
 
 
 def test_fresh_forgets(path):
@@ -100,11 +99,11 @@ def test_figures_of_two_machines_are_not_mixed(path):
     run(CELLS[:1], path)
     before = path.read_text()
     with pytest.raises(grid.OtherMachineError, match=r"instruction_set: portable there, avx2 here.*--fresh"):
-        grid.run(CELLS[:2], path, this={**MACHINE, "instruction_set": "avx2"}, peers=TORCH)
+        run(CELLS[:2], path, this={**MACHINE, "instruction_set": "avx2"})
     assert path.read_text() == before
     # Another day or commit with the same sources is the same version.
     later = {**MACHINE, "date": "2026-01-03", "commit": "def"}
-    assert grid.run(CELLS[:1], path, this=later, peers=TORCH).kept == 1
+    assert run(CELLS[:1], path, this=later).kept == 1
 
 
 @pytest.mark.parametrize("damaged", ["", "{", "[]", '{"machine": {}}'])
