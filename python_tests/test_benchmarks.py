@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,29 @@ def test_peers_that_lack_memory_or_break_are_said(monkeypatch):
     assert record["best_peer"] == "good"
     assert "GiB" in record["skipped"].pop("greedy")
     assert record["skipped"] == {"broken": "failed: RuntimeError: no luck", "absent": "sham is not installed"}
+
+
+def test_peers_that_do_not_fit_beside_each_other_follow_each_other(monkeypatch):
+    held = weakref.WeakSet()
+
+    class Copy:
+        def __init__(self, items):
+            self.items = items
+            held.add(self)
+
+    def copying(name):
+        def find(copy, queries, k, reduce):
+            assert len(held) == 1
+            return scoring.score_topk(queries, copy.items, k)
+
+        return sleeper(name)._replace(prepare=Copy, find=find, copied=4)
+
+    monkeypatch.setattr("urm_kernels.bench.contest.free_bytes", lambda: 500 * 8 * 4 * (2 - len(held)))
+    far_too_large = sleeper("greedy")._replace(copied=1 << 50)
+    record = contest(Cell("fp32", 8, 1, 2, 5, 500), [copying("one"), far_too_large, copying("other"), TORCH[0]])
+    assert {"one", "other"} < set(record["peers_ms"])
+    assert record["peer_rounds"]["one"] == record["peer_rounds"]["other"] == 7
+    assert set(record["skipped"]) == {"greedy"}
 
 
 def test_an_inexact_peer_is_never_the_best():
