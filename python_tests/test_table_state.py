@@ -275,22 +275,8 @@ class TableMachine(RuleBasedStateMachine):
             assert (listed[:, 0] == -torch.inf).all()
             assert torch.equal(bits(listed[:, 1:]), bits(scores.masked_fill(~there, -torch.inf)))
 
-            plain = ops.log_partition(
-                self.queries,
-                items,
-                bias,
-                scale,
-                None,
-                0,
-                [],
-                0,
-                None,
-                "max",
-                there,
-                None,
-                torch.tensor(1.0),
-                "reference",
-            )
+            options = (None, "max", there, None, torch.tensor(1.0), "reference")
+            plain = ops.log_partition(self.queries, items, bias, scale, None, 0, *[None] * 4, 0, *options)
             assert torch.equal(bits(log_partition(self.queries, table)), bits(plain))
         self.check_what_it_says(there)
         self.check_names(there)

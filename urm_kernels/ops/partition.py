@@ -77,10 +77,8 @@ def _log_partition_backward_fake(grad, logarithms, queries, items, *rest):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    queries, items, bias, row_scale, alive, _, codes, _, query_mask, reduce, mask, exclude, temperature, backend = (
-        inputs
-    )
-    ctx.no_codes = [None] * len(codes)
+    queries, items, bias, row_scale, alive = inputs[:5]
+    query_mask, reduce, mask, exclude, temperature, backend = inputs[1 + library.TABLE_SIZE :]
     ctx.save_for_backward(output, queries, items, bias, row_scale, alive, query_mask, mask, exclude, temperature)
     ctx.reduce, ctx.backend = reduce, backend
 
