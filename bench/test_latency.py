@@ -155,7 +155,7 @@ def test_small_call(benchmark: Any, record: Any, monkeypatch: pytest.MonkeyPatch
             time.sleep(PAUSE)
             micros[name].append(_micros(one))
         with monkeypatch.context() as patch:
-            patch.setattr(scoring.ops, "score_topk", lambda *_: (result.scores, result.ids))
+            patch.setattr(scoring.ops, "score_topk", lambda *_, **__: (result.scores, result.ids))
             micros["checks"].append(_micros(call))
 
     benchmark.pedantic(call, setup=turn, rounds=9, iterations=1)
