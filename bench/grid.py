@@ -71,7 +71,7 @@ class Outcome(NamedTuple):
 def sources() -> str:
     """A digest of what decides our figures: a commit of anything else does not make them old."""
     package = _ROOT / "urm_kernels"
-    files = [_ROOT / "CMakeLists.txt", *(_ROOT / "csrc").rglob("*.*")]
+    files = [_ROOT / "CMakeLists.txt", package / "table_codes.py", *(_ROOT / "csrc").rglob("*.*")]
     files += [file for part in ("backends", "ops") for file in (package / part).rglob("*.py")]
     digest = hashlib.sha256()
     for file in sorted(files):
