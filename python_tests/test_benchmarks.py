@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import with_ceilings
 
-from urm_kernels import ItemTable, scoring, testing
-from urm_kernels.backends import cpu
+from urm_kernels import ItemTable, scoring
 from urm_kernels.bench import PEERS, Cell, Experience, Peer, SkipError, Table, check, command, measure, text
 from urm_kernels.bench.cells import make_queries, make_table, product, short
 from urm_kernels.bench.measure import run as run_ours
@@ -34,11 +34,7 @@ CEILINGS = {"read_bandwidth": 2e10, "fma_rate": 1e11}
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    reason = cpu.why_not(torch.device("cpu"), set())
-    if reason is not None:
-        pytest.skip(f"the cpu backend cannot run here: {reason}")
-    for name, value in CEILINGS.items():
-        monkeypatch.setattr(testing, name, lambda rounds, value=value: value)
+    with_ceilings(monkeypatch, CEILINGS)
 
 
 @pytest.fixture

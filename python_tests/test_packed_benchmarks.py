@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import with_ceilings
 
-from urm_kernels import ItemTable, score_topk, testing
-from urm_kernels.backends import cpu
+from urm_kernels import ItemTable, score_topk
 from urm_kernels.bench import PEERS, Cell, Experience
 from urm_kernels.bench.cells import make_queries, make_table
 
@@ -28,11 +28,7 @@ TORCH = [peer for peer in PEERS if peer.package == "torch" and peer.chunk]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    reason = cpu.why_not(torch.device("cpu"), set())
-    if reason is not None:
-        pytest.skip(f"the cpu backend cannot run here: {reason}")
-    for name, value in CEILINGS.items():
-        monkeypatch.setattr(testing, name, lambda rounds, value=value: value)
+    with_ceilings(monkeypatch, CEILINGS)
 
 
 def measured(cell=CELL, **options):
