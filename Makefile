@@ -65,8 +65,11 @@ docs-links: $(VENV)/build.stamp $(VENV)/docs.stamp
 bench: $(VENV)/build.stamp $(VENV)/bench.stamp
 	$(BIN)/python -m pytest bench
 
-# Hours; stop it whenever you like, the next run goes on. GRID="--only 'N=1e6 fp32' --budget-minutes 30" does a part.
-bench-full: $(VENV)/build.stamp $(VENV)/bench.stamp
+# Hours; stop it whenever you like, the next run goes on. GRID="--only 'N=1e6 fp32' --budget-minutes 30" does a part,
+# PACKED_GRID likewise of the packed tables. Without the embeddings (no network, say) their cells are not measured.
+bench-full: $(VENV)/build.stamp $(VENV)/bench.stamp $(VENV)/vocabularies.stamp
+	files=$$($(BIN)/python -m urm_kernels.testing.vocabularies); \
+	env $$files $(BIN)/python bench/packed_grid.py $(PACKED_GRID)
 	$(BIN)/python bench/grid.py $(GRID)
 
 docs-benchmarks: $(VENV)/build.stamp $(VENV)/bench.stamp

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,30 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 @pytest.fixture
+def rows(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("rows")
+
+
+@pytest.fixture(scope="module")
+def large_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An ItemTable's file of ten times as many rows, r = 128, bfloat16, data kind decay."""
+    import torch
+
+    from urm_kernels import ItemTable, testing
+
+    count, r = 10 * request.config.getoption("rows"), 128
+    path = tmp_path_factory.mktemp("tables") / "table.safetensors"
+    factors = torch.empty(count, r, dtype=torch.bfloat16)
+    for first in range(0, count, 1 << 18):  # in float32 as a whole it would take twice the memory
+        part = factors[first : first + (1 << 18)]
+        part.copy_(testing.make_items("decay", len(part), r, seed=first))
+    ItemTable(factors).save(path)
+    del factors
+    yield path
+    path.unlink()
+
+
+@pytest.fixture
 def record(benchmark: Any, request: pytest.FixtureRequest) -> Any:
     """record(cell): one line of the table, also kept as the benchmark's extra_info."""
 
@@ -53,19 +78,27 @@ def _verdict(cell: dict[str, Any]) -> str:
 
 
 def table(cells: list[dict[str, Any]]) -> list[str]:
-    """One aligned line a cell."""
+    """One aligned line a cell; columns that say nothing of any of them are left out."""
     from urm_kernels.bench.text import aligned, number
 
-    rows = [("cell", "ms", "GB/s", "of read", "of FMA", "extra MiB", "best exact peer", "ms", "faster by", "bar", "")]
+    header = (
+        "cell", "ms", "plain ms", "GB/s", "of read", "of FMA", "of codes", "first bounds", "scored", "extra MiB",
+        "best exact peer", "ms", "faster by", "bar", "",
+    )  # fmt: skip
+    rows = [header]
     for cell in cells:
         extra = cell.get("extra_bytes")
+        survivors = [f"{share:.2%}" for share in cell.get("survivors", ())] or ["-", "-"]
         rows.append(
             (
                 cell["cell"],
                 number(cell.get("ms"), 3),
+                number(cell.get("plain_ms"), 3),
                 number(cell.get("gb_per_s"), 1),
                 number(cell.get("of_read_bandwidth"), 2),
                 number(cell.get("of_fma_rate"), 2),
+                number(cell.get("of_code_rate"), 2),
+                *survivors,
                 number(None if extra is None else extra / 2**20, 1),
                 cell.get("best_peer") or "-",
                 number(cell.get("best_peer_ms"), 3),
@@ -74,7 +107,9 @@ def table(cells: list[dict[str, Any]]) -> list[str]:
                 _verdict(cell),
             )
         )
-    return aligned(rows, left={0, 6, 9, 10})
+    kept = [place for place, column in enumerate(zip(*rows[1:], strict=True)) if set(column) != {"-"}]
+    left = {kept.index(place) for place in kept if header[place] in ("cell", "best exact peer", "bar", "")}
+    return aligned([[row[place] for place in kept] for row in rows], left)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -82,9 +117,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not cells:
         return
     terminalreporter.section("medians, ours and the others in turns")
-    for line in table(cells):
-        terminalreporter.write_line(line)
+    for of_file in _cells.values():
+        for line in [*table(of_file), ""]:
+            terminalreporter.write_line(line)
     terminalreporter.write_line("of FMA: float32 products at the measured rate; above 1 where bounds need cheaper ones")
+    terminalreporter.write_line(
+        "of codes: integer products at the measured rate; of packed tables, of read is of theirs"
+    )
     missed = [cell["cell"] for cell in cells if cell.get("met") is False]
     terminalreporter.write_line(f"bars missed: {', '.join(missed) if missed else 'none'}")
     for cell in cells:

@@ -18,7 +18,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,8 +45,22 @@ class OtherMachineError(Exception):
     """The JSON holds figures that this run must not be mixed with."""
 
 
+class Grid(NamedTuple):
+    """What a run goes through, and how.
+
+    why_not: the reason why a cell's table cannot be made here, or None. measured: records of the cells of one table, a
+    cell at a time; the table is gone before the next one is made.
+    """
+
+    cells: Sequence[Cell]
+    results: Path
+    why_not: Callable[[Cell], str | None]
+    measured: Callable[[Sequence[Cell], Experience, Sequence[Peer]], Iterator[dict[str, Any]]]
+    peers: Sequence[Peer]
+
+
 class Outcome(NamedTuple):
-    """Cells measured now, found in the JSON, left out for want of memory, and left for want of time."""
+    """Cells measured now, found in the JSON, left out for want of memory or data, and left for want of time."""
 
     measured: int
     kept: int
@@ -57,7 +71,7 @@ class Outcome(NamedTuple):
 def sources() -> str:
     """A digest of what decides our figures: a commit of anything else does not make them old."""
     package = _ROOT / "urm_kernels"
-    files = [_ROOT / "CMakeLists.txt", *(_ROOT / "csrc").rglob("*.*")]
+    files = [_ROOT / "CMakeLists.txt", package / "table_codes.py", *(_ROOT / "csrc").rglob("*.*")]
     files += [file for part in ("backends", "ops") for file in (package / part).rglob("*.py")]
     digest = hashlib.sha256()
     for file in sorted(files):
@@ -102,20 +116,18 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 
 def run(
-    cells: Sequence[Cell],
-    path: Path,
+    grid: Grid,
     *,
     this: dict[str, Any] | None = None,
     fresh: bool = False,
     budget: float = float("inf"),
-    peers: Sequence[Peer] = PEERS,
 ) -> Outcome:
     """budget: seconds; no cell is begun after them."""
-    this = this or here()
+    this, cells, path = this or here(), grid.cells, grid.results
     end = time.monotonic() + budget
     record = {"machine": this, "cells": []} if fresh else read(path, this)
     done = {(entry["N"], entry["cell"]): entry for entry in record["cells"] if "ms" in entry}
-    record["cells"] = list(done.values())  # a cell that memory was short for is tried again
+    record["cells"] = list(done.values())  # a cell that could not be measured is tried again
     experience = Experience(patience=_PATIENCE)
     for cell in cells:
         if (entry := done.get((cell.N, str(cell)))) is not None:
@@ -123,9 +135,9 @@ def run(
     wanted = [cell for cell in cells if (cell.N, str(cell)) not in done]
     measured = skipped = 0
     bar = progress(len(wanted))
-    for _, of_table in itertools.groupby(wanted, key=lambda cell: (cell.N, cell.r, cell.dtype)):
-        entries = measured_table(list(of_table), experience, peers, end)
-        for entry in entries:
+    for _, together in itertools.groupby(wanted, key=lambda cell: (cell.N, cell.r, cell.dtype, cell.data)):
+        entries = entries_of(list(together), grid, experience)
+        while time.monotonic() <= end and (entry := next(entries, None)) is not None:
             record["cells"].append(entry)
             record["machine"] = this
             write(path, record)
@@ -137,30 +149,35 @@ def run(
     return Outcome(measured, len(cells) - len(wanted), skipped, len(wanted) - measured - skipped)
 
 
-def measured_table(
-    cells: Sequence[Cell], experience: Experience, peers: Sequence[Peer], end: float
-) -> Iterator[dict[str, Any]]:
-    """Records of the cells of one table, which is gone before the next one is made."""
-    if time.monotonic() > end:
-        return
-    needed, free = table_bytes(cells[0]), free_bytes()
-    if free is not None and needed > _MOST_OF_FREE * free:
-        reason = f"making the table takes {needed / 2**30:.1f} GiB, of {free / 2**30:.1f} free"
-        yield from ({"cell": str(cell), "N": cell.N, "not_measured": reason} for cell in cells)
-        return
+def entries_of(cells: Sequence[Cell], grid: Grid, experience: Experience) -> Iterator[dict[str, Any]]:
+    """Records of the cells of one table."""
+    reason = grid.why_not(cells[0])
+    if reason is None:
+        return grid.measured(cells, experience, grid.peers)
+    return ({"cell": str(cell), "N": cell.N, "not_measured": reason} for cell in cells)
+
+
+def too_large(needed: int) -> str | None:
+    """Why a table is not made, from the bytes that making it takes."""
+    free = free_bytes()
+    if free is None or needed <= _MOST_OF_FREE * free:
+        return None
+    return f"making the table takes {needed / 2**30:.1f} GiB, of {free / 2**30:.1f} free"
+
+
+def measured_table(cells: Sequence[Cell], experience: Experience, peers: Sequence[Peer]) -> Iterator[dict[str, Any]]:
     table = Table(make_table(cells[0]))
     for _, of_shape in itertools.groupby(cells, key=lambda cell: (cell.B, cell.M)):
-        if time.monotonic() > end:
-            return
         shape = list(of_shape)
         queries = make_queries(shape[0], table.items)
         results = [run_ours(cell, table, queries) for cell in shape]
         # Together: the float64 scores of ten million rows are computed once, some users at a time.
         check([result for result, _ in results], queries, table.items)
         for cell, (result, extra) in zip(shape, results, strict=True):
-            if time.monotonic() > end:
-                return
             yield measure(cell, table, queries, result, extra, experience, peers)
+
+
+GRID = Grid(CELLS, RESULTS, lambda cell: too_large(table_bytes(cell)), measured_table, PEERS)
 
 
 class _Silent:
@@ -190,20 +207,20 @@ def chosen(cells: Iterable[Cell], pattern: str) -> list[Cell]:
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(arguments: Sequence[str] | None = None, grid: Grid = GRID, what: str | None = __doc__) -> int:
+    parser = argparse.ArgumentParser(description=(what or "").splitlines()[0])
     parser.add_argument("--only", default="", metavar="PATTERN", help="cells whose name holds this regular expression")
     parser.add_argument("--budget-minutes", type=float, default=float("inf"), help="begin no cell after these")
     parser.add_argument("--fresh", action="store_true", help="forget what the JSON has")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON (default: bench/results/grid_cpu.json)")
+    parser.add_argument("--results", type=Path, default=grid.results, help="the JSON (default: %(default)s)")
     parser.add_argument("--cells", action="store_true", help="only list the cells")
     options = parser.parse_args(arguments)
-    cells = chosen(CELLS, options.only)
+    grid = grid._replace(cells=chosen(grid.cells, options.only), results=options.results)
     if options.cells:
-        print("\n".join(cell.name for cell in cells))
+        print("\n".join(cell.name for cell in grid.cells))
         return 0
     try:
-        outcome = run(cells, options.results, fresh=options.fresh, budget=60 * options.budget_minutes)
+        outcome = run(grid, fresh=options.fresh, budget=60 * options.budget_minutes)
     except OtherMachineError as error:
         raise SystemExit(f"error: {error}") from error
     except AssertionError as error:
@@ -211,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from here") from None
     print(
-        f"{outcome.measured} cells measured, {outcome.kept} were there, {outcome.skipped} need more memory, "
+        f"{outcome.measured} cells measured, {outcome.kept} were there, {outcome.skipped} not possible here, "
         f"{outcome.left} left"
     )
     return 0

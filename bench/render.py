@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import render_cpu
 import render_gpu
+import render_packed
 
 from urm_kernels.bench.plot import Panel, draw
 
@@ -59,6 +60,8 @@ def page(results: Path) -> Page:
     for name, section in (
         ("latency_cpu.json", render_cpu.latency),
         ("tables_cpu.json", render_cpu.bars_only),
+        ("packed_cpu.json", render_packed.latency),
+        ("packed_grid_cpu.json", render_packed.grid),
         ("grid_cpu.json", render_cpu.grid),
         ("gpu_acceptance_nvidia_h200.json", render_gpu.latency),
     ):

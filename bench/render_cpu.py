@@ -116,11 +116,16 @@ def _shown_k(found: Sequence[Scan]) -> int:
 def bars_only(record: dict[str, Any], name: str) -> tuple[str, Figures]:
     what = "## CPU: tables that change, candidates, denominators"
     text = [f"{what}\n\n{machine(record['machine'])} `make bench`, kept in `bench/results/{name}`.\n"]
+    return "\n".join([*text, beside(record["cells"])]), {}
+
+
+def beside(cells: Iterable[dict[str, Any]]) -> str:
+    """Cells that have no peers, only other ways beside them."""
     lines = []
-    for cell in record["cells"]:
-        beside = ", ".join(f"{key.removesuffix('_ms')} {ms(value)}" for key, value in cell.get("beside_ms", {}).items())
-        lines.append([cell["cell"], ms(cell.get("ms")), beside or "-", cell["bar"], verdict(cell)])
-    return "\n".join([*text, table(["cell", "ours, ms", "beside it, ms", "bar", ""], lines)]), {}
+    for cell in cells:
+        others = ", ".join(f"{key.removesuffix('_ms')} {ms(value)}" for key, value in cell.get("beside_ms", {}).items())
+        lines.append([cell["cell"], ms(cell.get("ms")), others or "-", cell["bar"], verdict(cell)])
+    return table(["cell", "ours, ms", "beside it, ms", "bar", ""], lines)
 
 
 def machine(about: dict[str, Any]) -> str:
@@ -144,6 +149,8 @@ def bars(cells: Sequence[dict[str, Any]]) -> str:
         if "peers_ms" in cell:
             ratios = sorted(cell["ratios"].items(), key=lambda peer: peer[1])
             there = f"{100 * cell['of_read_bandwidth']:.0f} % of bandwidth; "
+            if "of_code_rate" in cell:
+                there += f"{100 * cell['of_code_rate']:.0f} % of the code rate; "
             there += ", ".join(f"{peer} {ratio:.2f}x" for peer, ratio in ratios)
         elif cell.get("extra_bytes") is not None:
             there = f"{cell['extra_bytes'] / 2**20:.1f} MiB"

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from bars import line
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -45,62 +46,26 @@ _VERSIONS = 8
 _LEAST_ERROR = 2.0**-24  # of the largest gradient; below it a ratio of errors says nothing
 
 
-@pytest.fixture
-def rows(request: pytest.FixtureRequest) -> int:
-    return request.config.getoption("rows")
-
-
-def _milliseconds(spreads: dict[str, Any]) -> dict[str, float]:
-    return {name: round(spread.median * 1e3, 3) for name, spread in spreads.items()}
-
-
-def _line(name: str, ours: Any, beside: dict[str, Any], bar: str, met: bool | None, **more: Any) -> dict[str, Any]:
-    """ours: a Spread; beside: Spreads by name."""
-    return {
-        "cell": name,
-        "ms": round(ours.median * 1e3, 3),
-        "low_ms": round(ours.low * 1e3, 3),
-        "high_ms": round(ours.high * 1e3, 3),
-        "beside_ms": _milliseconds(beside),
-        "bar": bar,
-        "met": met,
-        **more,
-    }
-
-
-@pytest.fixture(scope="module")
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
-    """A file of ten times as many rows in bfloat16, and what a call on the table in memory gave."""
-    count, r = 10 * request.config.getoption("rows"), 128
-    path = tmp_path_factory.mktemp("tables") / "table.safetensors"
-    factors = torch.empty(count, r, dtype=torch.bfloat16)
-    for first in range(0, count, 1 << 18):  # in float32 as a whole it would take twice the memory
-        part = factors[first : first + (1 << 18)]
-        part.copy_(testing.make_items("decay", len(part), r, seed=first))
-    queries = testing.make_queries("decay", 1, 8, r, seed=1, items=factors)
-    wanted = urm_kernels.score_topk(queries, factors, 100)
-    check([wanted], queries, factors)
-    ItemTable(factors).save(path)
-    del factors
-    yield path, (queries, wanted)
-    path.unlink()
-
-
 @pytest.mark.memory
-def test_load(saved: tuple[Path, Any], benchmark: Any, record: Any) -> None:
+def test_load(large_file: Path, benchmark: Any, record: Any) -> None:
     """From the file to the start of the first call: nothing of the rows is read before."""
-    path, (queries, wanted) = saved
-    loaded = ItemTable.load(path)
-    assert all(map(torch.equal, urm_kernels.score_topk(queries, loaded, 100), wanted))
+    path, loaded = large_file, ItemTable.load(large_file)
     count, r = loaded.factors.shape
-    read = functools.partial(path.read_bytes)
-    spreads = in_turns({"load": lambda: ItemTable.load(path), "read the file": read}, {"load": 15, "read the file": 1})
+    queries = testing.make_queries("decay", 1, 8, r, seed=1, items=loaded.factors)
+    in_memory = ItemTable.load(path, mmap=False)
+    wanted = urm_kernels.score_topk(queries, in_memory, 100)
+    check([wanted], queries, in_memory.factors)
+    del in_memory
+    assert all(map(torch.equal, urm_kernels.score_topk(queries, loaded, 100), wanted))
+    spreads = in_turns(
+        {"load": lambda: ItemTable.load(path), "read the file": path.read_bytes}, {"load": 15, "read the file": 1}
+    )
     ours = spreads.pop("load")
     benchmark.pedantic(ItemTable.load, (path,), rounds=1)
     bar = BARS["load, ms"]
     gib = path.stat().st_size / 2**30
     name = f"load, mapped: bf16 N={count:.0e} r={r}, {gib:.1f} GiB"
-    record(_line(name, ours, spreads, f"< {bar:g} ms", ours.median * 1e3 < bar))
+    record(line(name, ours, spreads, f"< {bar:g} ms", ours.median * 1e3 < bar))
 
 
 def _versions(items: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -133,7 +98,7 @@ def test_update(rows: int, benchmark: Any, record: Any) -> None:
     benchmark.pedantic(update, rounds=5)
     ours, bar = spreads.pop("update"), BARS["update, ms"]
     name = f"update of {len(chosen)} random rows: fp32 N={rows:.0e} r=128"
-    record(_line(name, ours, spreads, f"< {bar:g} ms", ours.median * 1e3 < bar))
+    record(line(name, ours, spreads, f"< {bar:g} ms", ours.median * 1e3 < bar))
 
 
 @contextmanager
@@ -249,7 +214,7 @@ def test_candidates(rows: int, benchmark: Any, record: Any) -> None:
     ours = spreads.pop("ours")
     ratio, bar = spreads["index_select, einsum, amax"].median / ours.median, BARS["candidates, times faster"]
     name = f"score_candidates: fp32 N={rows:.0e} r=128 B=8 M=8 C={count}"
-    record(_line(name, ours, spreads, f">= {bar:g}x torch, is {ratio:.2f}x", ratio >= bar, faster_by=round(ratio, 3)))
+    record(line(name, ours, spreads, f">= {bar:g}x torch, is {ratio:.2f}x", ratio >= bar, faster_by=round(ratio, 3)))
 
 
 def chunked_partition(queries: Tensor, items: Tensor, chunk: int | None, again: bool = False) -> Tensor:
@@ -303,7 +268,7 @@ def test_log_partition(data: str, rows: int, benchmark: Any, record: Any) -> Non
     met = ratio >= bars[0] and (megabytes is None or megabytes < bars[1])
     bar = f">= {bars[0]:g}x torch, < {bars[1]:g} MiB, {there}"
     more = {"faster_by": round(ratio, 3), "extra_bytes": peak.bytes, "error": error}
-    record(_line(f"log_partition: {data} fp32 N={rows:.0e} r=128 B=64 M=8", ours, spreads, bar, met, **more))
+    record(line(f"log_partition: {data} fp32 N={rows:.0e} r=128 B=64 M=8", ours, spreads, bar, met, **more))
 
 
 def test_log_partition_gradients(rows: int, benchmark: Any, record: Any) -> None:
@@ -335,4 +300,4 @@ def test_log_partition_gradients(rows: int, benchmark: Any, record: Any) -> None
     words = f"errors <= {bar:g}x torch's, are {ratios[0]:.2f}x (queries), {ratios[1]:.2f}x (items)"
     more = {"faster_by": round(spreads["torch"].median / ours.median, 3), "errors": errors}
     name = f"log_partition, forward and backward: decay fp32 N={count:.0e} r=128 B=64 M=8"
-    record(_line(name, ours, spreads, words, max(ratios) <= bar, **more))
+    record(line(name, ours, spreads, words, max(ratios) <= bar, **more))

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from bars import verdict
 from torch import Tensor
 
 import urm_kernels
@@ -28,7 +29,7 @@ from urm_kernels.table import Serving
 
 RESULTS = "latency_cpu.json"
 
-# What must be reached. "others" are the exact peers of the cell's dtype class that are not named themselves.
+# What must be reached (bars.py says how they are judged).
 BARS = {
     "k=1000 over k=10": 1.3,
     "small call, us": 40.0,
@@ -69,24 +70,6 @@ def _oracle(cell: Cell) -> Tensor:
     return testing.full_scores(make_queries(cell, items), items)
 
 
-def _verdict(cell: Cell, summary: dict[str, Any], of_read_bandwidth: float) -> dict[str, Any]:
-    """The cell's bars in words, and whether all are met; None where there is no bar or nobody to compare with."""
-    bars = SCAN_BARS.get((cell.dtype, cell.B, cell.M), {})
-    words, met = [], []
-    for who, bar in bars.items():
-        if who == "of_read_bandwidth":
-            words.append(f">= {bar:.0%} of bandwidth")
-            met.append(of_read_bandwidth >= bar)
-            continue
-        named = [name for name in summary["ratios"] if name.split()[0] == who]
-        if who == "others":
-            exact = summary["peers_exact"]
-            named = [n for n in summary["ratios"] if exact[n] and n.split()[0] not in bars]
-        words.append(f">= {bar:g}x {who}")
-        met += [summary["ratios"][name] >= bar for name in named]
-    return {"bar": ", ".join(words) or "none", "met": all(met) if met else None}
-
-
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_scan(cell: Cell, benchmark: Any, record: Any, request: pytest.FixtureRequest) -> None:
     cell = cell._replace(N=request.config.getoption("rows"))
@@ -110,8 +93,8 @@ def test_scan(cell: Cell, benchmark: Any, record: Any, request: pytest.FixtureRe
     seconds = _median(benchmark, first)
     beside = figures(cell, items, seconds, statistics.median(bandwidth), statistics.median(rate))
     summary = contest.summary(seconds * 1e3)
-    verdict = _verdict(cell, summary, beside["of_read_bandwidth"])
-    record({**beside, "extra_bytes": peak.bytes, **summary, **verdict})
+    found = {**beside, "extra_bytes": peak.bytes, **summary}
+    record(found | verdict(SCAN_BARS.get((cell.dtype, cell.B, cell.M), {}), found))
 
 
 def _median(benchmark: Any, otherwise: float) -> float:
@@ -172,7 +155,7 @@ def test_small_call(benchmark: Any, record: Any, monkeypatch: pytest.MonkeyPatch
             time.sleep(PAUSE)
             micros[name].append(_micros(one))
         with monkeypatch.context() as patch:
-            patch.setattr(scoring.ops, "score_topk", lambda *_: (result.scores, result.ids))
+            patch.setattr(scoring.ops, "score_topk", lambda *_, **__: (result.scores, result.ids))
             micros["checks"].append(_micros(call))
 
     benchmark.pedantic(call, setup=turn, rounds=9, iterations=1)

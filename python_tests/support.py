@@ -6,10 +6,12 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
 import torch
 
 import urm_kernels
-from urm_kernels import score_topk
+from urm_kernels import score_topk, testing
+from urm_kernels.backends import cpu
 from urm_kernels.testing import compare_topk, forced
 
 REDUCTIONS = ("max", "sum", "mean", "logsumexp")
@@ -55,3 +57,12 @@ def run_python(code, timeout=60, **environment):
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def with_ceilings(monkeypatch, ceilings):
+    """For tests of benchmarks, which need the CPU backend: rates by name that nobody has to wait for."""
+    reason = cpu.why_not(torch.device("cpu"), set())
+    if reason is not None:
+        pytest.skip(f"the cpu backend cannot run here: {reason}")
+    for name, value in ceilings.items():
+        monkeypatch.setattr(testing, name, lambda rounds, value=value: value)

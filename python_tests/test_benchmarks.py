@@ -4,13 +4,14 @@ import json
 import os
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from support import with_ceilings
 
-from urm_kernels import ItemTable, scoring, testing
-from urm_kernels.backends import cpu
+from urm_kernels import ItemTable, scoring
 from urm_kernels.bench import PEERS, Cell, Experience, Peer, SkipError, Table, check, command, measure, text
 from urm_kernels.bench.cells import make_queries, make_table, product, short
 from urm_kernels.bench.measure import run as run_ours
@@ -33,11 +34,7 @@ CEILINGS = {"read_bandwidth": 2e10, "fma_rate": 1e11}
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    reason = cpu.why_not(torch.device("cpu"), set())
-    if reason is not None:
-        pytest.skip(f"the cpu backend cannot run here: {reason}")
-    for name, value in CEILINGS.items():
-        monkeypatch.setattr(testing, name, lambda rounds, value=value: value)
+    with_ceilings(monkeypatch, CEILINGS)
 
 
 @pytest.fixture
@@ -45,8 +42,8 @@ def path(tmp_path):
     return tmp_path / "results" / "grid.json"
 
 
-def run(cells, path, **options):
-    return grid.run(cells, path, this=MACHINE, **{"peers": TORCH, **options})
+def run(cells, path, like=grid.GRID, this=MACHINE, **options):
+    return grid.run(like._replace(cells=cells, results=path, peers=TORCH), this=this, **options)
 
 
 def cells_of(path):
@@ -75,14 +72,13 @@ def test_the_grid_is_the_one_promised():
     assert (grid.CELLS[0].N, grid.CELLS[-1].name) == (10**5, "N=1e7 bf16 r=128 B=32 M=16 k=10000")
 
 
-def test_a_run_resumes_where_it_was_stopped(path, monkeypatch):
+def test_a_run_resumes_where_it_was_stopped(path):
     assert run(CELLS[:3], path) == (3, 0, 0, 0)
     first = cells_of(path)
     assert run(CELLS, path) == (len(CELLS) - 3, 3, 0, 0)
     assert cells_of(path)[:3] == first
     assert [(c["N"], c["cell"]) for c in cells_of(path)] == [(c.N, str(c)) for c in CELLS]
-    monkeypatch.setattr(grid, "measured_table", never)
-    assert run(CELLS, path) == (0, len(CELLS), 0, 0)
+    assert run(CELLS, path, grid.GRID._replace(measured=never)) == (0, len(CELLS), 0, 0)
 
 
 def test_fresh_forgets(path):
@@ -100,11 +96,11 @@ def test_figures_of_two_machines_are_not_mixed(path):
     run(CELLS[:1], path)
     before = path.read_text()
     with pytest.raises(grid.OtherMachineError, match=r"instruction_set: portable there, avx2 here.*--fresh"):
-        grid.run(CELLS[:2], path, this={**MACHINE, "instruction_set": "avx2"}, peers=TORCH)
+        run(CELLS[:2], path, this={**MACHINE, "instruction_set": "avx2"})
     assert path.read_text() == before
     # Another day or commit with the same sources is the same version.
     later = {**MACHINE, "date": "2026-01-03", "commit": "def"}
-    assert grid.run(CELLS[:1], path, this=later, peers=TORCH).kept == 1
+    assert run(CELLS[:1], path, this=later).kept == 1
 
 
 @pytest.mark.parametrize("damaged", ["", "{", "[]", '{"machine": {}}'])
@@ -216,6 +212,29 @@ def test_peers_that_lack_memory_or_break_are_said(monkeypatch):
     assert record["best_peer"] == "good"
     assert "GiB" in record["skipped"].pop("greedy")
     assert record["skipped"] == {"broken": "failed: RuntimeError: no luck", "absent": "sham is not installed"}
+
+
+def test_peers_that_do_not_fit_beside_each_other_follow_each_other(monkeypatch):
+    held = weakref.WeakSet()
+
+    class Copy:
+        def __init__(self, items):
+            self.items = items
+            held.add(self)
+
+    def copying(name):
+        def find(copy, queries, k, reduce):
+            assert len(held) == 1
+            return scoring.score_topk(queries, copy.items, k)
+
+        return sleeper(name)._replace(prepare=Copy, find=find, copied=4)
+
+    monkeypatch.setattr("urm_kernels.bench.contest.free_bytes", lambda: 500 * 8 * 4 * (2 - len(held)))
+    far_too_large = sleeper("greedy")._replace(copied=1 << 50)
+    record = contest(Cell("fp32", 8, 1, 2, 5, 500), [copying("one"), far_too_large, copying("other"), TORCH[0]])
+    assert {"one", "other"} < set(record["peers_ms"])
+    assert record["peer_rounds"]["one"] == record["peer_rounds"]["other"] == 7
+    assert set(record["skipped"]) == {"greedy"}
 
 
 def test_an_inexact_peer_is_never_the_best():

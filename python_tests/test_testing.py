@@ -218,6 +218,7 @@ def test_ceilings_and_memory():
         with pytest.raises(ValueError, match="5000 came"):
             testing.gather_bandwidth(items, torch.tensor([5000]))
         assert 1e8 < testing.fma_rate(1, rounds=1, seconds=0.002) < 1e13
+        assert 1e8 < testing.code_rate(1, rounds=1, seconds=0.002) < 1e14
     with testing.peak_extra_memory() as peak:
         torch.ones(8 << 20)
     if peak.bytes is None:

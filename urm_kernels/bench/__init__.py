@@ -5,7 +5,7 @@
 
 from .cells import Cell
 from .contest import Contest, Experience, Table
-from .measure import check, figures, measure, tolerance
+from .measure import check, figures, measure, tolerance, with_peers
 from .peers import PEERS, Peer, SkipError
 from .turns import Spread, in_turns, rounds_for, timed
 
@@ -25,4 +25,5 @@ __all__ = [
     "rounds_for",
     "timed",
     "tolerance",
+    "with_peers",
 ]

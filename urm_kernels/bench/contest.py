@@ -24,6 +24,10 @@ _HOPELESS = 5.0
 _MOST_OF_FREE = 0.6
 
 
+class NoRoomError(SkipError):
+    """The free memory is too small, at least beside what others hold."""
+
+
 class Table:
     """Items, and what peers made of them."""
 
@@ -32,17 +36,21 @@ class Table:
         self._states: dict[Peer, Any] = {}
 
     def state(self, peer: Peer, users: int, count: int) -> Any:
-        """Raises SkipError where the peer would take too much of the memory that is free."""
+        """Raises NoRoomError where the peer would take too much of the memory that is free."""
         rows = self.items.shape[0]
         needed = peer.dots_bytes(users, count, rows)
         if peer not in self._states:
             needed += peer.copied * self.items.numel()
         free = free_bytes()
         if free is not None and needed > _MOST_OF_FREE * free:
-            raise SkipError(f"would take {needed / 2**30:.1f} GiB, of {free / 2**30:.1f} free")
+            raise NoRoomError(f"would take {needed / 2**30:.1f} GiB, of {free / 2**30:.1f} free")
         if peer not in self._states:
             self._states[peer] = peer.prepare(self.items)
         return self._states[peer]
+
+    def forget(self) -> None:
+        """Frees what the peers made."""
+        self._states.clear()
 
 
 class _Known(NamedTuple):
@@ -106,37 +114,59 @@ class Contest:
         experience: Experience,
         peers: Sequence[Peer] = PEERS,
     ) -> None:
+        self._cell, self._table, self._queries, self._ours = cell, table, queries, ours
+        self._experience = experience
         self.seconds: dict[str, list[float]] = {}
         self.rounds: dict[str, int] = {}
         self.calls: dict[str, Call] = {}
         self.exact: dict[str, bool] = {}
         self.agreement: dict[str, float] = {}
+        self._crowded_out: list[Peer] = []
+        same_class = [peer for peer in peers if peer.dtype == cell.dtype]
+        self.skipped = experience.hopeless(cell, same_class)
+        self._try([peer for peer in same_class if peer.family not in self.skipped])
+
+    def next_group(self) -> bool:
+        """Frees what the peers so far hold, and admits those that had no room beside them; whether there are any."""
+        left, self._crowded_out = self._crowded_out, []
+        if not left or not self.calls:
+            return False
+        self.calls.clear()
+        self._table.forget()
+        for peer in left:
+            del self.skipped[peer.name]
+        self._try(left)
+        return bool(self.calls)
+
+    def _try(self, peers: Iterable[Peer]) -> None:
+        """Admits the fastest variant of each family."""
+        cell, experience = self._cell, self._experience
         families: dict[str, list[Peer]] = {}
         for peer in peers:
-            if peer.dtype == cell.dtype:
-                families.setdefault(peer.family, []).append(peer)
-        self.skipped = experience.hopeless(cell, [peer for variants in families.values() for peer in variants])
+            families.setdefault(peer.family, []).append(peer)
         for family, variants in families.items():
-            if family in self.skipped:
-                continue
             chosen = experience.chosen.get((cell._replace(k=0), family))
-            trials = {}
+            trials, no_room = {}, []
             for peer in variants if chosen is None else [chosen]:
                 try:
-                    state = table.state(peer, cell.B, cell.M)
-                    call = functools.partial(peer.search, state, queries, cell.k, cell.reduce)
+                    state = self._table.state(peer, cell.B, cell.M)
+                    call = functools.partial(peer.search, state, self._queries, cell.k, cell.reduce)
                     elapsed, (_, ids) = timed(call)
                 except SkipError as reason:
                     self.skipped[peer.name] = str(reason)
+                    if isinstance(reason, NoRoomError):
+                        no_room.append(peer)
                     continue
                 except Exception as error:  # a peer that breaks is its own affair, and is said
                     self.skipped[peer.name] = f"failed: {type(error).__name__}: {error}"
                     continue
-                trials[peer] = (elapsed, call, _overlap(ids, ours.ids))
+                trials[peer] = (elapsed, call, _overlap(ids, self._ours.ids))
             if trials:
                 best = min(trials, key=lambda peer: trials[peer][0])
                 self._admit(best, *trials[best])
                 experience.learn(cell, best, trials[best][0])
+            else:
+                self._crowded_out += no_room
 
     def _admit(self, peer: Peer, elapsed: float, call: Call, agreement: float) -> None:
         self.calls[peer.name], self.exact[peer.name] = call, peer.exact

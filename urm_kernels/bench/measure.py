@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..scoring import TopK
 from .cells import Cell
 from .contest import Contest, Experience, Table
 from .peers import PEERS, Peer
-from .turns import PAUSE, Spread, rounds_for, timed
+from .turns import PAUSE, Call, Spread, rounds_for, timed
 
 _ORACLE_BYTES = 512 << 20  # of float64 scores held at a time
 
@@ -67,6 +67,27 @@ def run(cell: Cell, table: Table, queries: Tensor) -> tuple[TopK, int | None]:
     return result, peak.bytes
 
 
+def with_peers(
+    contest: Contest, calls: Mapping[str, Call], ceilings: Sequence[str] = ("fma_rate", "read_bandwidth")
+) -> tuple[dict[str, Spread], dict[str, float]]:
+    """(our calls, medians of what `testing` measures by these names), in turns with the peers of the contest."""
+    rounds = max(3, rounds_for(max(timed(call)[0] for call in calls.values())))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[str, list[float]] = {name: [] for name in ceilings}
+    more = True
+    while more:
+        for _ in range(rounds):
+            contest.turn()
+            time.sleep(PAUSE)
+            for name in ceilings:
+                found[name].append(getattr(testing, name)(rounds=1))
+            for name, call in calls.items():
+                seconds[name].append(timed(call)[0])
+        more = contest.next_group()
+    spreads = {name: Spread.of(each) for name, each in seconds.items()}
+    return spreads, {name: statistics.median(each) for name, each in found.items()}
+
+
 def measure(
     cell: Cell,
     table: Table,
@@ -78,21 +99,13 @@ def measure(
 ) -> dict[str, Any]:
     """The record of a cell whose result has been checked."""
     call = functools.partial(scoring.score_topk, queries, table.items, cell.k, reduce=cell.reduce)
-    first, _ = timed(call)
     contest = Contest(cell, table, queries, result, experience, peers)
-    bandwidth, rate, seconds = [], [], []
-    for _ in range(max(3, rounds_for(first))):
-        contest.turn()
-        time.sleep(PAUSE)
-        rate.append(testing.fma_rate(rounds=1))
-        bandwidth.append(testing.read_bandwidth(rounds=1))
-        seconds.append(timed(call)[0])
-    spread = Spread.of(seconds)
-    beside = figures(cell, table.items, spread.median, statistics.median(bandwidth), statistics.median(rate))
+    spreads, ceilings = with_peers(contest, {"ours": call})
+    spread = spreads["ours"]
+    beside = figures(cell, table.items, spread.median, ceilings["read_bandwidth"], ceilings["fma_rate"])
     return {
         **beside,
-        "low_ms": round(spread.low * 1e3, 3),
-        "high_ms": round(spread.high * 1e3, 3),
+        **spread.milliseconds(),
         "rounds": spread.rounds,
         "extra_bytes": extra_bytes,
         **contest.summary(spread.median * 1e3),

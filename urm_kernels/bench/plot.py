@@ -12,10 +12,14 @@ from .cells import short
 # Okabe and Ito's colours, told apart by the colour-blind; shapes and strokes say the same once more.
 STYLES: dict[str, dict[str, Any]] = {
     "ours": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "packed": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "plain": {"color": "#56B4E9", "marker": "^", "linestyle": "-"},
     "best exact peer": {"color": "#D55E00", "marker": "s", "linestyle": "-"},
     "torch, not exact": {"color": "#CC79A7", "marker": "D", "linestyle": "-"},
     "read floor": {"color": "#333333", "marker": "", "linestyle": "--"},
     "product floor": {"color": "#009E73", "marker": "", "linestyle": ":"},
+    "read floor of codes": {"color": "#333333", "marker": "", "linestyle": "--"},
+    "product floor of codes": {"color": "#009E73", "marker": "", "linestyle": "--"},
 }
 
 

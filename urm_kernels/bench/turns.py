@@ -25,6 +25,14 @@ class Spread(NamedTuple):
     def of(cls, seconds: Sequence[float]) -> Spread:
         return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
 
+    def milliseconds(self) -> dict[str, float]:
+        """For a record."""
+        return {
+            "ms": round(self.median * 1e3, 3),
+            "low_ms": round(self.low * 1e3, 3),
+            "high_ms": round(self.high * 1e3, 3),
+        }
+
 
 def timed(call: Call) -> tuple[float, Any]:
     began = time.perf_counter()

@@ -1,9 +1,10 @@
 """What tests, benchmarks and users share: data of known kinds, float64 oracles, comparisons, ceilings.
 
-Needs nothing beyond the package itself; read_bandwidth, gather_bandwidth and fma_rate need the C++ extension.
+Needs nothing beyond the package itself; read_bandwidth, gather_bandwidth, fma_rate and code_rate need the
+C++ extension.
 """
 
-from .ceilings import PeakMemory, fma_rate, gather_bandwidth, peak_extra_memory, read_bandwidth
+from .ceilings import PeakMemory, code_rate, fma_rate, gather_bandwidth, peak_extra_memory, read_bandwidth
 from .compare import (
     ThreeWayError,
     allowed_rows,
@@ -23,6 +24,7 @@ __all__ = [
     "allowed_rows",
     "available_backends",
     "brute_force_topk",
+    "code_rate",
     "compare_topk",
     "devices",
     "fma_rate",

@@ -8,7 +8,7 @@ import functools
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +41,16 @@ def gather_bandwidth(items: Tensor, rows: Tensor, threads: int | None = None, *,
 
 def fma_rate(threads: int | None = None, *, rounds: int = 5, seconds: float = 0.02) -> float:
     """float32 operations a second (a multiply-add counts two) of registers alone: median over runs of `seconds`."""
-    threads = threads or cpu.threads()
-    run = cpu.extension().fma_rate
+    return _rate(cpu.extension().fma_rate, threads or cpu.threads(), rounds, seconds)
+
+
+def code_rate(threads: int | None = None, *, rounds: int = 5, seconds: float = 0.02) -> float:
+    """Integer operations a second (a multiply-add counts two) of the fastest products of codes, in registers alone."""
+    return _rate(cpu.extension().code_rate, threads or cpu.threads(), rounds, seconds)
+
+
+def _rate(run: Callable[[int, int], float], threads: int, rounds: int, seconds: float) -> float:
+    """Median over runs of `seconds`; run(steps, threads) says how many operations a second it did."""
     steps, elapsed = 1 << 18, 0.0
     while elapsed < seconds / 2:
         steps *= 2
