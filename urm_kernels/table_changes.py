@@ -285,7 +285,7 @@ class ChangingTable(PackableTable):
             self._log.extend(held)
         else:
             # Readers of the old memory keep it, and their log.
-            self._log = UpdateLog(held, self._log.items, self._own_write)
+            self._log = UpdateLog(held, self._log.items, self._own_write, self._write_codes_of)
 
     def remove(self, rows: Tensor) -> None:
         """Marks rows (int64 [n]) as removed: no function returns them again.

@@ -40,6 +40,7 @@ class PackableTable(nn.Module):
     _lock: threading.RLock  # of writers, who may wait for readers while they hold it
     _fetch: threading.RLock  # of readers while they take tensors that belong together, and of who replaces these
     _log: UpdateLog | None
+    _check_fresh: Callable[[str], None]  # raises where `encoded` is no longer what the parts add up to
 
     def pack(
         self,
@@ -79,6 +80,7 @@ class PackableTable(nn.Module):
             raise TypeError(f"progress: a function of two integers or None is wanted, {progress!r} came")
         with self._lock:
             self._check_packable()
+            self._check_fresh("pack")
             if self._log is not None:
                 self._log.flush()
             made = self._new_codes(kinds, seed, progress)

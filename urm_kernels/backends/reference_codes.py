@@ -96,8 +96,8 @@ def encode(rows: Tensor, codes: Codes, bits: int) -> EncodedRows:
         return fma32(lost, lost, sums)
 
     growth = 1.0 + torch.tensor((3 * r + 64) * 2.0**-24, dtype=torch.float32, device=rows.device)
-    lost = _sum(r, rest, w).sqrt() / scale * growth
-    norm = squares.sqrt() / scale * growth
+    lost = _sqrt(_sum(r, rest, w)) / scale * growth
+    norm = _sqrt(squares) / scale * growth
     scaled = scale * power
     zero = (before == 0) & (squares == 0)
     kept = ~zero & ordinary & (scaled >= LEAST_SCALE) & (scaled * norm <= LARGEST_LENGTH) & (lost <= norm)
@@ -107,6 +107,11 @@ def encode(rows: Tensor, codes: Codes, bits: int) -> EncodedRows:
         _half_not_below(lost.where(kept, 0.0)),
         _half_not_below(norm.where(kept, torch.where(zero, 0.0, torch.inf))),
     )
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded, which torch's own of float32 is not on every CPU: a fifth of its results are off by one."""
+    return x.double().sqrt().float()
 
 
 def _half_not_below(x: Tensor) -> Tensor:
