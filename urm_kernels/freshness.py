@@ -30,7 +30,7 @@ class MadeFrom:
         self.key = next(_keys)
         self._lock = threading.Lock()
         self._settled: bool | None = None  # what readers are told while a write goes on, and ever after a successor
-        self._succeeded = False
+        self._writers, self._succeeded = 0, False
         self._remembered = _versions(tensors)
         _all[self.key] = self
 
@@ -43,30 +43,40 @@ class MadeFrom:
 
     @contextmanager
     def own_write(self, *tensors: Tensor | None) -> Iterator[None]:
-        """Around edits of the tensors that are made to what was made from them, too. One at a time."""
+        """Around edits of the tensors that are made to what was made from them, too. Several may go on at once."""
         with self._lock:
-            self._settled = self._remembered == _versions(tensors)
+            if not self._writers and not self._succeeded:
+                self._settled = self._remembered == _versions(tensors)
+            self._writers += 1
         try:
             yield
         finally:
             with self._lock:
-                if self._settled and not self._succeeded:
-                    self._remembered = _versions(tensors)
-                if not self._succeeded:
+                self._writers -= 1
+                if not self._writers and not self._succeeded:
+                    if self._settled:
+                        self._remembered = _versions(tensors)
                     self._settled = None
+
+    def retire(self, *tensors: Tensor | None) -> None:
+        """Something else will be made from now on. Readers that have found this one are told what is true now."""
+        with self._lock:
+            if self._settled is None:
+                self._settled = self._remembered == _versions(tensors)
+            self._succeeded = True
 
     def successor(self, *tensors: Tensor | None) -> MadeFrom:
         """During an own write: for readers to come, of other memory. Those that began before keep this one."""
         after = MadeFrom(*tensors)
-        with self._lock:
-            self._succeeded = True
-            if not self._settled:
-                after._remembered = []
+        self.retire(*tensors)
+        if not self._settled:
+            after._remembered = []
         return after
 
     def unlock(self) -> None:
         """In a forked child, which does not have the thread that may have held the lock."""
         self._lock = threading.Lock()
+        self._writers = 0
         if not self._succeeded:
             self._settled = None
 

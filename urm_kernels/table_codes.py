@@ -111,6 +111,8 @@ class PackableTable(nn.Module):
         return self.factors if self.encoded is None else self.encoded, self.row_scale
 
     def _hold_codes(self, codes: Codes | None) -> None:
+        if (before := self.__dict__.get("_codes_from")) is not None:
+            before.retire(*self._coded())
         for name, tensor in zip(CODE_PARTS, codes or (None,) * 4, strict=True):
             self.register_buffer(name, tensor, persistent=False)
         self._codes_from = None if codes is None else MadeFrom(*self._coded())
