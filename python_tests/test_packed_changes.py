@@ -1,10 +1,12 @@
 """Packed tables change as plain ones do: codes follow their rows, and where they cannot, calls say so."""
 
 import copy
+import gc
 import json
 import pickle
 import struct
 import threading
+import weakref
 
 import pytest
 import torch
@@ -370,6 +372,18 @@ def test_what_codes_were_made_from_is_forgotten_with_the_table(table):
     assert freshness.find(key) is not None
     del table._codes_from
     assert freshness.find(key) is None
+
+
+def test_a_table_that_is_dropped_gives_its_memory_back_at_once(kinds):
+    gc.disable()
+    try:
+        table = ItemTable(new_rows(100)).pack(kinds)
+        table.update(torch.tensor([3]), new_rows(1))
+        held = [weakref.ref(table.factors), weakref.ref(table.code_blocks)]
+        del table
+        assert [ref() for ref in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 def edited(path, tensors=None, **metadata):

@@ -27,20 +27,18 @@ def shares_of(kind, code, users, rows, k):
     items = make_items(kind, rows, R, 0)
     table = ItemTable(items).pack((code,))
     queries = make_queries(kind, users, M, R, 1, items)
-    sums = torch.zeros(3, dtype=torch.float64)
+    thresholds, survived = torch.empty(users, 1, dtype=torch.float64), 0
     for user in range(users):
-        one = queries[user : user + 1]
-        found, stats = score_topk(one, table, k, return_stats=True)
-        threshold = found.scores[0, -1].double()
-        codes = reference_codes.encode_queries(one, torch.ones(1, M, dtype=torch.bool), table.codes())
-        for first in range(0, rows // 32, 1024):
-            decoded = reference_codes.decode(table.codes(), R, first, first + 1024)
-            scan = reference_codes.scan_bounds(codes, decoded, table.codes(), R)
-            own = reference_codes.own_bounds(codes, decoded, table.codes(), R).amax(1)
-            sums[0] += (scan >= threshold).sum()
-            sums[1] += (own >= threshold).sum()
-        sums[2] += stats.survivors[0]
-    return (100 * sums / (users * rows)).tolist()
+        found, stats = score_topk(queries[user : user + 1], table, k, return_stats=True)
+        thresholds[user] = found.scores[0, -1]
+        survived += int(stats.survivors[0])
+    codes = reference_codes.encode_queries(queries, torch.ones(users, M, dtype=torch.bool), table.codes())
+    by_scan = by_own = 0
+    for first in range(0, rows // 32, 128):
+        decoded = reference_codes.decode(table.codes(), R, first, first + 128)
+        by_scan += int((reference_codes.scan_bounds(codes, decoded, table.codes(), R) >= thresholds).sum())
+        by_own += int((reference_codes.own_bounds(codes, decoded, table.codes(), R).amax(1) >= thresholds).sum())
+    return [100 * count / (users * rows) for count in (by_scan, by_own, survived)]
 
 
 @pytest.mark.parametrize(("kind", "code"), SHARES)

@@ -42,7 +42,8 @@ class UpdateLog:
     Args:
         tensors: by name, each [N, ...]; written in place.
         items: name of the tensor that scans read as the items; "bias" and "row_scale" are read by these names.
-        around: entered while tensors are written.
+        around: a bound method, entered while tensors are written. Held weakly, as `written` is: a table and its log
+            would else keep each other, and a table's memory is too large to wait for the garbage collector.
         written: called within, with the rows (ascending) and their new values, after each update.
     """
 
@@ -50,12 +51,13 @@ class UpdateLog:
         self,
         tensors: dict[str, Tensor],
         items: str,
-        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+        around: Callable[[], AbstractContextManager[None]] | None = None,
         written: Callable[[Tensor, dict[str, Tensor]], None] | None = None,
     ) -> None:
         self.key = next(_keys)
         self.tensors, self.items = tensors, items
-        self._around, self._written = around, written
+        self._around = None if around is None else weakref.WeakMethod(around)
+        self._written = None if written is None else weakref.WeakMethod(written)
         self._version = 0
         self._pending: list[_Update] = []
         self._overlay: Overlay | None = None
@@ -130,18 +132,22 @@ class UpdateLog:
                     return
                 self._writing = True
             try:
-                with self._around():
+                with self._entered():
                     for update in ready:
                         for name, value in update.values.items():
                             write_rows(self.tensors[name], update.rows, value)
-                        if self._written is not None:
-                            self._written(update.rows, update.values)
+                        if self._written is not None and (written := self._written()) is not None:
+                            written(update.rows, update.values)
             finally:
                 with self._changed:
                     self._writing = False
                     self._pending = [update for update in self._pending if update.version > oldest]
                     self._overlay = self._merged()
                     self._changed.notify_all()
+
+    def _entered(self) -> AbstractContextManager[None]:
+        around = None if self._around is None else self._around()
+        return nullcontext() if around is None else around()
 
     def _merged(self) -> Overlay | None:
         """All pending updates as one: the last value of every row that any of them has."""

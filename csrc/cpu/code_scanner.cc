@@ -192,9 +192,8 @@ int64_t CodeScanner<Results>::choose(const Survivor& pair, int32_t* chosen) {
         if (!(bounds[m] + bias < threshold)) chosen[count++] = static_cast<int32_t>(m);
     return count;
   }
-  float largest = bounds[0], relative, offset;
-  for (int64_t m = 1; m < queries; ++m)
-    if (!(bounds[m] <= largest)) largest = bounds[m];  // NaN stays
+  const float largest = *std::max_element(bounds, bounds + queries);
+  float relative, offset;
   log_sum_exp_excess(queries, &relative, &offset);
   const float bound = fused_multiply_add(std::fabs(largest), relative, largest) + offset + bias;
   return bound < threshold ? 0 : queries;

@@ -33,8 +33,7 @@ void Scanner<Results>::run() {
   group_.count(codes_.counts());
 }
 
-// At a thirty-second of the way, and whenever it has doubled up to a half. Chunks that others have begun count as done: their rows
-// may be among those found.
+// At 1/32, 1/16, ... 1/2 of the way. Chunks that others have begun count as done: their rows may be among those found.
 template <class Results>
 void Scanner<Results>::expect(int64_t done) {
   constexpr int64_t kFewestChunks = 6;

@@ -28,10 +28,10 @@ class TopKResults {
     for (std::size_t i = 0; i < fresh_.size(); ++i) fresh_[i].keys = fresh_keys_.data() + i * kFresh;
   }
 
-  // Before the scan: only what reaches this is expected to be of use.
+  // Only what reaches this is expected to be of use.
   void raise_floor(int64_t user, uint64_t floor) {
     best_[user].buffer.raise_floor(floor);
-    best_[user].floor.store(floor, std::memory_order_relaxed);
+    best_[user].floor.store(best_[user].buffer.floor(), std::memory_order_relaxed);
   }
 
   // When `chunks` have been scanned or begun, in an order that scatters them: thresholds that k rows of the whole table
