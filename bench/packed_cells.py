@@ -31,9 +31,12 @@ BARS: dict[tuple[str, int, int], dict[str, float]] = {
 }
 
 
-def judged(data: str) -> str:
-    """The codes that bars speak of: the default; 8 bits where so many rows are close to the best that 4 tell little."""
-    return "int8" if data == "iid" else "int4"
+def judged(cell: Cell) -> str:
+    """The codes that bars speak of: the default; 8 bits where so many rows are close to the best that 4 tell little, and
+    behind 4 bits where rows are short."""
+    if cell.data != "iid":
+        return "int4"
+    return "int4+int8" if cell.r <= 64 else "int8"
 
 
 def all_code_bytes(cell: Cell) -> int:
@@ -96,7 +99,7 @@ def measure(
     spreads, ceilings = with_peers(contest, calls, ("code_rate", "read_bandwidth"))
     for name, about in codes.items():
         about |= {**spreads[name].milliseconds(), **_shares(cell, table.packed[name], spreads[name], ceilings)}
-    name = judged(cell.data)
+    name = judged(cell)
     record = {
         "cell": str(cell),
         **cell._asdict(),

@@ -55,7 +55,7 @@ def test_scan(cell: Cell, rows: int, benchmark: Any, record: Any) -> None:
     cell = cell._replace(N=rows)
     table = _table(cell.data, rows)
     record(packed_cells.measure(cell, table, _experience))
-    _once(benchmark, table.packed[packed_cells.judged(cell.data)], make_queries(cell, table.items), cell.k)
+    _once(benchmark, table.packed[packed_cells.judged(cell)], make_queries(cell, table.items), cell.k)
 
 
 def _once(benchmark: Any, table: ItemTable, queries: Tensor, k: int) -> None:
@@ -76,7 +76,7 @@ def test_beside_an_approximate_index(rows: int, benchmark: Any, record: Any) -> 
     entry = packed_cells.measure(cell, table, Experience(), [*packed_cells.EXACT, tuned.peer], bars)
     words = f"{entry['bar']} (candidates {tuned.factor} k, recall {tuned.recall:.3f})"
     record({**entry, "bar": words, "factor": tuned.factor, "recall": round(tuned.recall, 4)})
-    _once(benchmark, table.packed[packed_cells.judged(cell.data)], make_queries(cell, table.items), cell.k)
+    _once(benchmark, table.packed[packed_cells.judged(cell)], make_queries(cell, table.items), cell.k)
 
 
 def _near(rows: int, r: int) -> Tensor:

@@ -21,6 +21,7 @@ cp "$build"/_cpu*.so "$build/package/urm_kernels/"
 
 left_out=reference
 files="bits values shapes gradients concurrency bounds candidates partition partition_gradients table_updates update_log"
+files="$files codes packed packed_changes"
 marked="not slow"
 case $kind in
 address)
@@ -31,8 +32,8 @@ undefined) runtime=$(g++ -print-file-name=libubsan.so) ;;
 thread)
   runtime=$(g++ -print-file-name=libtsan.so)
   # TSan ends a child whose parent has threads, and waits at exit, where torch aborts (CONTRACT.md)
-  left_out="reference or fork or interpreter_exits"
-  files="concurrency table_updates update_log"
+  left_out="reference or fork or interpreter_exits or compiled or export or opcheck"
+  files="concurrency table_updates update_log packed_changes"
   marked="slow or not slow"
   ;;
 esac
