@@ -32,8 +32,8 @@ BARS: dict[tuple[str, int, int], dict[str, float]] = {
 
 
 def judged(cell: Cell) -> str:
-    """The codes that bars speak of: the default; 8 bits where so many rows are close to the best that 4 tell little, and
-    behind 4 bits where rows are short."""
+    """The codes that bars speak of: the default; 8 bits where so many rows are close to the best that 4 tell little,
+    and behind 4 bits where rows are short."""
     if cell.data != "iid":
         return "int4"
     return "int4+int8" if cell.r <= 64 else "int8"

@@ -66,17 +66,21 @@ AlignedVector<float> guess_by_codes(const TopKRequest& request, Group& group, st
   const int64_t most = rank_in_part(expected, kMostTogether);
   TopKResults results(group, most, topk_buffer_capacity(most, request.items.rows));
   std::atomic<int64_t> next{0};
+  std::atomic<bool> hopeless{false};
   run_parallel(group.threads, [&](int slot) {
     const DefaultFloatEnvironment environment;
     CodeScanner<TopKResults> scanner(group, work[slot], results, slot, kBlockStep);
     // A few at first: without a threshold all rows survive.
     int64_t taken = 1;
     for (int64_t block; (block = next.fetch_add(taken, std::memory_order_relaxed)) < blocks;) {
+      if (hopeless.load(std::memory_order_relaxed)) break;
       results.adopt(slot);
       for (int64_t end = std::min(blocks, block + taken), run; block < end; block += std::max<int64_t>(1, run)) {
         for (run = 0; block + run < end && !is_replaced(request.overlay, (block + run) * kBlockStep); ++run) {
         }
-        if (run) scanner.scan(block, run);
+        if (!run) continue;
+        const int64_t pairs = run * kBlockRows * group.users, survived = scanner.scan(block, run);
+        if (taken == kStretchBlocks && survived > pairs / 2) hopeless.store(true, std::memory_order_relaxed);
       }
       if (taken < kStretchBlocks) scanner.finish();
       taken = std::min(kStretchBlocks, 2 * taken);
@@ -86,6 +90,7 @@ AlignedVector<float> guess_by_codes(const TopKRequest& request, Group& group, st
     results.publish(slot);
     group.count(scanner.counts());
   });
+  if (hopeless.load()) return {};  // codes rule out too little to be worth a guess
   AlignedVector<float> guesses(group.users, -std::numeric_limits<float>::infinity());
   for (int64_t user = 0; user < group.users; ++user) {
     TopKBuffer& best = results.best(user);

@@ -46,7 +46,7 @@ class MeasuredPace {
   using Clock = std::chrono::steady_clock;
   enum class State { kCodes, kRows, kTryCodes, kTryRows };
   static constexpr int64_t kPairsPerSurvivor = 16;                             // fewer survivors are certainly worth it
-  static constexpr int64_t kTrial = 4, kShortestRun = 16, kLongestRun = 1024;  // stretches
+  static constexpr int64_t kTrial = 4, kShortestRun = 32, kLongestRun = 1024;  // stretches
 
   void begin(State trial) {
     state_ = trial;
