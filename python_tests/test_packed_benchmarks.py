@@ -140,9 +140,9 @@ def test_sections_and_figures_of_a_synthetic_machine(tmp_path):
     panels, _ = figures["bench_packed_cpu.png"]
     assert [(panel.title, panel.places) for panel in panels] == [
         ("decay, int4", ["(1, 1)", "(1, 8)"]),
-        ("iid, int8", ["(1, 1)"]),
+        ("iid, int4+int8", ["(1, 1)"]),
     ]
-    assert panels[1].series["packed"] == [cells[2]["codes"]["int8"]["ms"]]
+    assert panels[1].series["packed"] == [cells[2]["codes"]["int4+int8"]["ms"]]
     pytest.importorskip("matplotlib")
     render.main(["--results", str(tmp_path), "--docs", str(tmp_path / "docs")])
     assert (tmp_path / "docs" / "figures" / "bench_packed_grid_cpu.png").stat().st_size > 1000
