@@ -48,9 +48,8 @@ napoleon_use_rtype = False  # what stands before the colon is a shape, and belon
 # -n asks for a target of every name. Our own have to be there; to know other projects' a build would need the network,
 # and what stands for a type in a docstring is often prose: "[B, C] float32".
 nitpick_ignore_regex = [("py:.*", r"(?!urm_kernels\b).*")]
-nitpick_ignore = [
-    ("py:class", "urm_kernels.table.Serving")
-]  # between the table and the ops, for neither to change alone
+# Between the table, the ops and the backends, for none to change alone.
+nitpick_ignore = [("py:class", "urm_kernels.table.Serving"), ("py:class", "urm_kernels.backends.codes.Codes")]
 
 linkcheck_timeout = 20
 linkcheck_retries = 2
