@@ -97,16 +97,18 @@ def _scored(
         part = slice(first, min(first + step, table.items.shape[0]))
         rows = torch.arange(part.start, part.stop, device=queries.device)
         allowed = allowed_rows(rows, users, mask, exclude, table.alive) & exists.any(1, keepdim=True)
+        items, scale, bias = (None if t is None else t[part] for t in (table.items, table.row_scale, table.bias))
+        assert items is not None
         if may_win is not None:
             allowed &= may_win(part)
-            kept = allowed.any(0)
-            rows, allowed = rows[kept], allowed[:, kept]
-            if not len(rows):
+            kept = allowed.any(0).nonzero().flatten()
+            if not len(kept):
                 continue
-        scale = None if table.row_scale is None else table.row_scale[rows]
-        scores = reduce_dots(table_dots(queries, gather_rows(table.items, rows), scale), exists, reduce)
-        if table.bias is not None:
-            scores = scores + table.bias[rows].to(dtype)
+            rows, allowed, items = rows[kept], allowed[:, kept], gather_rows(items, kept)
+            scale, bias = (None if t is None else t[kept] for t in (scale, bias))
+        scores = reduce_dots(table_dots(queries, items, scale), exists, reduce)
+        if bias is not None:
+            scores = scores + bias.to(dtype)
         scores = scores + 0.0  # -0 becomes +0
         yield _Chunk(rows, scores, allowed & ~torch.isnan(scores))
 
