@@ -29,6 +29,10 @@ constexpr int64_t kSideBytes = 8;               // of a row: scale, lost, norm
 constexpr int64_t kWidestCodedRow = 8192;       // up to here sums of products fit 32 bits, also with those of two rows
 constexpr float kLargestCodedLength = 0x1p60f;  // of rows and queries: no product of two overflows
 constexpr float kLeastCodeScale = 0x1p-100f;    // of rows and queries: no product of integers underflows
+// The largest element of a row that has a scale: up to the first its dots do not overflow; from the second on scales
+// above 1 enlarge what dots lose by underflow to less than code_error (the longest query is above 127 * 2^-100).
+constexpr float kLargestScaledElement = 0x1p50f;
+constexpr float kLeastScaledElement = 0x1p-20f;
 
 constexpr uint16_t kHalfInfinity = 0x7C00;
 

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "aligned.h"
 #include "float_environment.h"
@@ -55,15 +57,26 @@ class Encoder {
  private:
   void rotate(int64_t first, int64_t count) {
     kernels_.stage(request_.items, first, count, padded_, rows_.data());
-    if (request_.row_scale.data) {
-      float scales[kLanes];
-      kernels_.widen(part_of(request_.row_scale, first, count), count, scales);
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t e = 0; e < r_; ++e) rows_[i * padded_ + e] *= scales[i];
-    }
     kernels_.to_code_panel(rows_.data(), padded_, r_, panel_.data());
     kernels_.largest_of_panel(panel_.data(), r_, largest_);
+    if (request_.row_scale.data) scale_panel(first, count);
     kernels_.rotate_panel(request_.rotation, panel_.data());
+  }
+
+  // Codes are of the scaled row, dots are formed with the row as it lies and scaled then: where these may overflow, lose
+  // more by underflow than the bound allows for, or outlive a scaled row that vanishes, the row may hold anything.
+  void scale_panel(int64_t first, int64_t count) {
+    float scales[kLanes] = {}, before[kLanes];
+    kernels_.widen(part_of(request_.row_scale, first, count), count, scales);
+    std::copy(largest_, largest_ + kLanes, before);
+    for (int64_t e = 0; e < r_; ++e)
+      for (int i = 0; i < kLanes; ++i) panel_[e * kLanes + i] *= scales[i];
+    kernels_.largest_of_panel(panel_.data(), r_, largest_);
+    for (int i = 0; i < kLanes; ++i) {
+      const bool vanished = largest_[i] == 0.0f && before[i] > 0.0f && scales[i] != 0.0f;
+      const bool enlarges = before[i] > 0.0f && before[i] < kLeastScaledElement && std::fabs(scales[i]) > 1.0f;
+      if (vanished || enlarges || before[i] > kLargestScaledElement) panel_[i] = std::numeric_limits<float>::quiet_NaN();
+    }
   }
 
   EncodedRows encode(int bits, int place) {
@@ -121,7 +134,7 @@ class Encoder {
   const int64_t r_, padded_, quads_;
   AlignedVector<float> rows_, panel_, scratch_;
   AlignedVector<uint32_t> codes_;
-  float largest_[kLanes];
+  float largest_[kLanes] = {};
 };
 
 }  // namespace

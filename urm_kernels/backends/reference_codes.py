@@ -20,6 +20,7 @@ _CLIPS = 7  # scales tried of 4-bit codes
 _SUMS = 4  # running sums of a sum over elements
 LARGEST_LENGTH = 2.0**60
 LEAST_SCALE = 2.0**-100
+LARGEST_SCALED, LEAST_SCALED = 2.0**50, 2.0**-20  # elements of rows that have a scale
 _LEAST_KEPT = 2.0**-120
 
 
@@ -122,7 +123,15 @@ def _half_not_below(x: Tensor) -> Tensor:
 
 def _rows_of(items: Tensor, row_scale: Tensor | None) -> Tensor:
     rows = items.float()
-    return rows if row_scale is None else rows * row_scale.float()[:, None]
+    if row_scale is None:
+        return rows
+    # Dots are formed with the row as it lies, and scaled: what may overflow or vanish there may hold anything.
+    scale = row_scale.float()
+    before = rows.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(1)
+    rows = rows * scale[:, None]
+    vanished = (rows == 0).all(1) & (before > 0) & (scale != 0)
+    enlarges = (before > 0) & (before < LEAST_SCALED) & (scale.abs() > 1)
+    return rows.masked_fill((vanished | enlarges | (before > LARGEST_SCALED))[:, None], torch.nan)
 
 
 def _padded(codes: Tensor, bits: int) -> Tensor:
