@@ -17,6 +17,7 @@ constexpr int64_t kStep = 256;            // of the sample: its exact scores cos
 constexpr int64_t kFewestRows = 1 << 16;  // a sample of 256
 constexpr int64_t kFewestResults = 512;   // below, the running threshold is soon as good as a guess from two rows
 constexpr int64_t kBlockStep = 64;        // of a sample of blocks: their codes are 1.6 % of all
+constexpr int64_t kSettled = 64;          // times the rows looked for: from here on half survive only poor bounds
 constexpr double kMostTogether = 4;       // rows of a block on average among the best; more, and there is no guess
 
 // The exact score at `rank` among every kStep-th row.
@@ -67,10 +68,11 @@ AlignedVector<float> guess_by_codes(const TopKRequest& request, Group& group, st
   TopKResults results(group, most, topk_buffer_capacity(most, request.items.rows));
   std::atomic<int64_t> next{0};
   std::atomic<bool> hopeless{false};
+  const int64_t settled = kSettled * most / kBlockRows;
   run_parallel(group.threads, [&](int slot) {
     const DefaultFloatEnvironment environment;
     CodeScanner<TopKResults> scanner(group, work[slot], results, slot, kBlockStep);
-    // A few at first: without a threshold all rows survive.
+    // A few at first: without a threshold all rows survive, so scores are wanted at once.
     int64_t taken = 1;
     for (int64_t block; (block = next.fetch_add(taken, std::memory_order_relaxed)) < blocks;) {
       if (hopeless.load(std::memory_order_relaxed)) break;
@@ -80,9 +82,9 @@ AlignedVector<float> guess_by_codes(const TopKRequest& request, Group& group, st
         }
         if (!run) continue;
         const int64_t pairs = run * kBlockRows * group.users, survived = scanner.scan(block, run);
-        if (taken == kStretchBlocks && survived > pairs / 2) hopeless.store(true, std::memory_order_relaxed);
+        if (block >= settled && survived > pairs / 2) hopeless.store(true, std::memory_order_relaxed);
       }
-      if (taken < kStretchBlocks) scanner.finish();
+      if (block < settled) scanner.finish();
       taken = std::min(kStretchBlocks, 2 * taken);
       results.publish(slot);
     }
