@@ -49,7 +49,7 @@ def test_integer_slack_costs_little_over_float_slack(monkeypatch, kind, code):
     assert scan <= 1.2 * own
     wanted, near = SHARES[kind, code]
     assert scan <= (1 + near) * wanted * 1.2
-    assert real <= 2.5 * wanted * 1.5
+    assert real <= 2.5 * wanted
 
 
 @pytest.mark.slow
@@ -72,7 +72,9 @@ def test_stats_of_a_packed_call(kinds):
     found, stats = score_topk(queries, table, 50, return_stats=True)
     assert found.ids.shape == (3, 50)
     pairs = 3 * len(items)
-    assert 150 <= stats.survivors[1] <= stats.survivors[0] < 0.05 * pairs
+    sampled = 3 * (512 + 2)  # scored in passing, for the first guess
+    assert 150 <= stats.survivors[1] <= stats.survivors[0] + sampled
+    assert stats.survivors[0] < 0.05 * pairs
     assert table.codes().blocks.numel() <= stats.bytes_read < 0.5 * items.nbytes
     assert stats.proven.tolist() == [True] * 3
 

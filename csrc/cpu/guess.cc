@@ -17,16 +17,17 @@ constexpr int64_t kStep = 256;            // of the sample: its exact scores cos
 constexpr int64_t kFewestRows = 1 << 16;  // a sample of 256
 constexpr int64_t kFewestResults = 512;   // below, the running threshold is soon as good as a guess from two rows
 constexpr int64_t kBlockStep = 64;        // of a sample of blocks: their codes are 1.6 % of all
-constexpr int64_t kSettled = 64;          // times the rows looked for: from here on half survive only poor bounds
+constexpr int64_t kFirstRows = 512;       // scored before, without codes, for a threshold of that sample
 constexpr double kMostTogether = 4;       // rows of a block on average among the best; more, and there is no guess
 
-// The exact score at `rank` among every kStep-th row.
-AlignedVector<float> score_at_rank(const ScanRequest& request, int64_t first, int64_t last, int64_t rank) {
+// The exact score at `rank` among every step-th row.
+AlignedVector<float> score_at_rank(const ScanRequest& request, int64_t first, int64_t last, int64_t step,
+                                   int64_t rank) {
   const int64_t users = last - first;
   AlignedVector<float> scores(users * rank);
   AlignedVector<int64_t> ids(users * rank);
   TopKRequest sample;
-  static_cast<ScanRequest&>(sample) = sampled(request, first, last, kStep);
+  static_cast<ScanRequest&>(sample) = sampled(request, first, last, step);
   sample.k = rank;
   sample.scores = scores.data();
   sample.ids = ids.data();
@@ -57,7 +58,7 @@ double rows_together(const uint64_t* keys, int64_t count) {
 AlignedVector<float> guess_thresholds(const TopKRequest& request, int64_t first, int64_t last) {
   if (request.items.rows < kFewestRows || request.k < kFewestResults || request.k > request.items.rows / 2) return {};
   const double expected = static_cast<double>(request.k) / kStep;
-  return score_at_rank(request, first, last, rank_in_part(expected, 1));
+  return score_at_rank(request, first, last, kStep, rank_in_part(expected, 1));
 }
 
 AlignedVector<float> guess_by_codes(const TopKRequest& request, Group& group, std::vector<Workspace>& work) {
@@ -66,33 +67,36 @@ AlignedVector<float> guess_by_codes(const TopKRequest& request, Group& group, st
   const double expected = static_cast<double>(request.k) * (blocks * kBlockRows) / request.items.rows;
   const int64_t most = rank_in_part(expected, kMostTogether);
   TopKResults results(group, most, topk_buffer_capacity(most, request.items.rows));
+  const int64_t last_user = group.first_user + group.users, step = std::max(kStep, request.items.rows / kFirstRows);
+  const double share = static_cast<double>(most) / static_cast<double>(blocks * kBlockRows);
+  const int64_t first_rank = rank_in_part(share * static_cast<double>(request.items.rows / step), 1);
+  const AlignedVector<float> first = score_at_rank(request, group.first_user, last_user, step, first_rank);
+  for (int64_t user = 0; user < group.users; ++user)
+    if (first[user] > -std::numeric_limits<float>::infinity()) results.raise_floor(user, lowest_key(first[user]));
   std::atomic<int64_t> next{0};
   std::atomic<bool> hopeless{false};
-  const int64_t settled = kSettled * most / kBlockRows;
   run_parallel(group.threads, [&](int slot) {
     const DefaultFloatEnvironment environment;
     CodeScanner<TopKResults> scanner(group, work[slot], results, slot, kBlockStep);
-    // A few at first: without a threshold all rows survive, so scores are wanted at once.
-    int64_t taken = 1;
-    for (int64_t block; (block = next.fetch_add(taken, std::memory_order_relaxed)) < blocks;) {
+    for (int64_t block; (block = next.fetch_add(kStretchBlocks, std::memory_order_relaxed)) < blocks;) {
       if (hopeless.load(std::memory_order_relaxed)) break;
       results.adopt(slot);
-      for (int64_t end = std::min(blocks, block + taken), run; block < end; block += std::max<int64_t>(1, run)) {
+      for (int64_t end = std::min(blocks, block + kStretchBlocks), run; block < end;
+           block += std::max<int64_t>(1, run)) {
         for (run = 0; block + run < end && !is_replaced(request.overlay, (block + run) * kBlockStep); ++run) {
         }
         if (!run) continue;
         const int64_t pairs = run * kBlockRows * group.users, survived = scanner.scan(block, run);
-        if (block >= settled && survived > pairs / 2) hopeless.store(true, std::memory_order_relaxed);
+        if (survived > pairs / 2) hopeless.store(true, std::memory_order_relaxed);
       }
-      if (block < settled) scanner.finish();
-      taken = std::min(kStretchBlocks, 2 * taken);
       results.publish(slot);
     }
     scanner.finish();
     results.publish(slot);
     group.count(scanner.counts());
   });
-  if (hopeless.load()) return {};  // codes rule out too little to be worth a guess
+  // Codes rule out too little: a pair by itself costs as much as several in passing.
+  if (hopeless.load()) return guess_thresholds(request, group.first_user, last_user);
   AlignedVector<float> guesses(group.users, -std::numeric_limits<float>::infinity());
   for (int64_t user = 0; user < group.users; ++user) {
     TopKBuffer& best = results.best(user);
@@ -107,7 +111,7 @@ AlignedVector<float> guess_by_codes(const TopKRequest& request, Group& group, st
 
 AlignedVector<float> best_of_sample(const ScanRequest& request, int64_t first, int64_t last) {
   if (request.items.rows < kFewestRows) return {};
-  return score_at_rank(request, first, last, 1);
+  return score_at_rank(request, first, last, kStep, 1);
 }
 
 }  // namespace urm

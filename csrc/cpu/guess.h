@@ -14,9 +14,9 @@ namespace urm {
 // tell; empty where a sample does not pay. A guess is proven when k rows that reach it have been found.
 AlignedVector<float> guess_thresholds(const TopKRequest& request, int64_t first, int64_t last);
 
-// The same from every 64th block of a packed table, for the group's users. Rows of a block may be alike, and the best
-// ones then come together, in fewer independent places than there are rows: the guess is made for as many as there seem
-// to be.
+// The same from every 64th block of a packed table, for the group's users; a few rows scored exactly make a threshold
+// for these. Rows of a block may be alike, and the best ones then come together, in fewer independent places than there
+// are rows: the guess is made for as many as there seem to be.
 AlignedVector<float> guess_by_codes(const TopKRequest& request, Group& group, std::vector<Workspace>& work);
 
 // The best score of a sample of the rows for users [first, last), -inf where it has none; empty where a sample does not

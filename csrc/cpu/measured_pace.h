@@ -1,8 +1,9 @@
-// Whether a thread scans its next stretch by codes or row by row, decided by the clock where that is in doubt.
+// Whether a thread scans its next stretch by codes or row by row, decided by its own time where that is in doubt.
 #pragma once
 
+#include <time.h>
+
 #include <algorithm>
-#include <chrono>
 #include <cstdint>
 
 #include "scan.h"
@@ -32,10 +33,10 @@ class MeasuredPace {
         return begin(State::kTryCodes);
       case State::kTryCodes:
         settle();
-        by_codes_ = elapsed();
+        by_codes_ = thread_time() - began_;
         return begin(State::kTryRows);
       case State::kTryRows:
-        const State winner = by_codes_ <= elapsed() ? State::kCodes : State::kRows;
+        const State winner = by_codes_ <= thread_time() - began_ ? State::kCodes : State::kRows;
         run_ = winner == last_winner_ ? std::min(2 * run_, kLongestRun) : kShortestRun;
         state_ = last_winner_ = winner;
         left_ = run_;
@@ -43,7 +44,6 @@ class MeasuredPace {
   }
 
  private:
-  using Clock = std::chrono::steady_clock;
   enum class State { kCodes, kRows, kTryCodes, kTryRows };
   static constexpr int64_t kPairsPerSurvivor = 16;                             // fewer survivors are certainly worth it
   static constexpr int64_t kTrial = 4, kShortestRun = 32, kLongestRun = 1024;  // stretches
@@ -51,16 +51,20 @@ class MeasuredPace {
   void begin(State trial) {
     state_ = trial;
     left_ = kTrial;
-    began_ = Clock::now();
+    began_ = thread_time();
   }
 
-  Clock::duration elapsed() const { return Clock::now() - began_; }
+  // Nanoseconds: not while another thread, a library's that still spins, say, has the processor.
+  static int64_t thread_time() {
+    timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return int64_t{1000000000} * now.tv_sec + now.tv_nsec;
+  }
 
   const bool always_, doubtful_;
   State state_ = State::kCodes, last_winner_ = State::kTryRows;
   int64_t left_ = 0, run_ = kShortestRun;
-  Clock::time_point began_;
-  Clock::duration by_codes_{};
+  int64_t began_ = 0, by_codes_ = 0;
 };
 
 }  // namespace urm
