@@ -87,6 +87,15 @@ def cheap_isa(request):
     return request.param
 
 
+@pytest.fixture(params=["portable", "avx2", "avx512_vnni"])
+def code_isa(request):
+    """An instruction set with sums of codes of its own, forced for the test."""
+    if ("cpu", request.param) not in available_backends():
+        pytest.skip(f"cpu/{request.param} cannot run on this machine")
+    with forced("cpu", request.param):
+        yield request.param
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request, device):
     """The backends by name, each with its best instruction set."""

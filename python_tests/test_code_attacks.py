@@ -8,11 +8,11 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support import CODES, INF, NAN, assert_same_bits
-from test_codes import assert_never_below, bounds_of, generator, isa, unrotated  # noqa: F401
+from test_codes import assert_never_below, bounds_of, generator, unrotated
 
 from urm_kernels import ItemTable, score_topk
-from urm_kernels.backends import cpu, reference, reference_codes
 from urm_kernels.backends import codes as formats
+from urm_kernels.backends import cpu, reference, reference_codes
 from urm_kernels.table_codes import room_for
 from urm_kernels.testing import forced, make_items
 
@@ -35,7 +35,7 @@ def hunted(examples):
 
 @pytest.mark.parametrize("r", [1, 8, 33])
 @pytest.mark.parametrize("case", SCALED)
-def test_scales_of_rows_that_hide_what_the_dots_did(isa, case, r):
+def test_scales_of_rows_that_hide_what_the_dots_did(code_isa, case, r):
     """The dot is formed with the row as it lies and scaled afterwards; codes are of the scaled row."""
     row, scale, query = (2.0**exponent for exponent in SCALED[case])
     for kinds, sign in zip(CODES, (1, -1, 1), strict=True):
@@ -46,7 +46,7 @@ def test_scales_of_rows_that_hide_what_the_dots_did(isa, case, r):
         assert_never_below(torch.randn(2, 3, r, generator=generator(r)) * query, table)
 
 
-def test_scales_of_float8_rows_that_hide_what_the_dots_did(isa):
+def test_scales_of_float8_rows_that_hide_what_the_dots_did(code_isa):
     items = torch.full((64, 8), 2.0**-9).to(torch.float8_e4m3fn)
     items[32:] = torch.tensor(448.0).to(torch.float8_e4m3fn)
     for scale in (2.0**-149, 2.0**-141, 2.0**-130, 2.0**118, 2.0**127):
@@ -68,7 +68,7 @@ def test_a_row_whose_scaled_codes_vanish_is_found():
 
 
 @pytest.mark.parametrize("kinds", CODES, ids="+".join)
-def test_codes_of_scaled_rows_have_the_bits_of_the_reference(isa, kinds):
+def test_codes_of_scaled_rows_have_the_bits_of_the_reference(code_isa, kinds):
     rows = torch.cat([make_items("iid", 32, 9, 0) * 2.0**e for e in (-140, -100, -21, -19, 0, 49, 51, 100)])
     scale = 2.0 ** torch.tensor([-149.0, -120, -60, -1, 0, 1, 60, 120])[torch.arange(len(rows)) % 8]
     scale[::11], scale[::13], scale[::31] = 0, -scale[::13], NAN
@@ -81,7 +81,7 @@ def test_codes_of_scaled_rows_have_the_bits_of_the_reference(isa, kinds):
 
 @hunted(60)
 @given(data=st.data())
-def test_a_hunt_with_scales_of_rows(isa, data):
+def test_a_hunt_with_scales_of_rows(code_isa, data):
     r = data.draw(st.sampled_from([1, 2, 5, 16]))
     exponent = st.integers(-149, 120)
     rows = make_items("iid", 32, r, data.draw(st.integers(0, 9))) * 2.0 ** data.draw(exponent)
@@ -94,7 +94,7 @@ def test_a_hunt_with_scales_of_rows(isa, data):
 
 @pytest.mark.parametrize("reference", [(NAN, NAN), (-1.0, INF), (1e38, 1e38), (0.0, 1e6)], ids=str)
 @pytest.mark.parametrize("r", [1, 96, 8192])
-def test_constants_that_a_file_may_bring_are_as_right_as_any(isa, r, reference):
+def test_constants_that_a_file_may_bring_are_as_right_as_any(code_isa, r, reference):
     """r = 8192: sums and slack of 2^27, which float32 rounds; a longer integer would be needed above."""
     if r == 8192 and cpu.instruction_set() == "portable":
         pytest.skip("the same integers, slowly")
@@ -109,7 +109,7 @@ def test_constants_that_a_file_may_bring_are_as_right_as_any(isa, r, reference):
 
 @pytest.mark.parametrize("r", [4, 24, 64, 257])
 @pytest.mark.parametrize("kinds", CODES, ids="+".join)
-def test_rows_and_queries_halfway_between_codes(isa, kinds, r):
+def test_rows_and_queries_halfway_between_codes(code_isa, kinds, r):
     """Built by the rotation's inverse: one element is the largest code, the others lie about halfway."""
     table = ItemTable(torch.zeros(96, r)).pack(kinds)
     most = 7 if kinds[0] == "int4" else 127
@@ -126,7 +126,7 @@ def test_rows_and_queries_halfway_between_codes(isa, kinds, r):
 
 
 @pytest.mark.parametrize("r", [7, 64, 100])
-def test_queries_along_what_the_query_itself_lost(isa, r):
+def test_queries_along_what_the_query_itself_lost(code_isa, r):
     """The other half of the slack: rows along what a query's own rounding lost, so that f n is used up."""
     table = ItemTable(torch.zeros(64, r)).pack(("int8",))
     queries = torch.randn(1, 8, r, generator=generator(r))
@@ -141,7 +141,7 @@ def test_queries_along_what_the_query_itself_lost(isa, r):
 @hunted(40)
 @example(seed=0, r=100, spread=0)
 @given(seed=st.integers(0, 2**20), r=st.integers(1, 300), spread=st.integers(0, 37))
-def test_a_hunt_over_widths_and_magnitudes(isa, seed, r, spread):
+def test_a_hunt_over_widths_and_magnitudes(code_isa, seed, r, spread):
     """Every row and query of random size and shape, a tenth of the rows near a query or its negative."""
     random = generator(seed)
     queries = torch.randn(2, 4, r, generator=random) * 10 ** (4 * torch.rand(2, 4, 1, generator=random) - 2)
@@ -160,7 +160,7 @@ def test_a_long_hunt(seed, r, spread):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("count", [1, 3, 7, 8, 15, 16, 17, 40])
-def test_sums_of_any_number_of_queries_are_those_of_plain_integers(isa, bits, count):
+def test_sums_of_any_number_of_queries_are_those_of_plain_integers(code_isa, bits, count):
     """Queries are taken 8, 4, 2 and 1 at a time, with 1, 2 or 4 blocks: every remainder, on codes of any byte."""
     r = 37
     for blocks in (1, 2, 3, 5, 9):

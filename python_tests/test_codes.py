@@ -11,20 +11,11 @@ from urm_kernels.backends import canonical, cpu, reference, reference_codes
 from urm_kernels.backends import codes as formats
 from urm_kernels.backends.table_view import TableView
 from urm_kernels.table_codes import room_for
-from urm_kernels.testing import available_backends, forced, make_items, make_queries
+from urm_kernels.testing import make_items, make_queries
 
 QUIET = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 BLOCK = formats.BLOCK
 WIDTHS = (1, 2, 3, 5, 16, 31, 64, 96, 100, 128, 257)
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512_vnni"])
-def isa(request):
-    """An instruction set with sums of its own."""
-    if ("cpu", request.param) not in available_backends():
-        pytest.skip(f"cpu/{request.param} cannot run on this machine")
-    with forced("cpu", request.param):
-        yield request.param
 
 
 def generator(seed):
@@ -105,13 +96,13 @@ def stressful_queries(r):
 
 @pytest.mark.parametrize("r", WIDTHS)
 @pytest.mark.parametrize("kinds", CODES, ids="+".join)
-def test_no_bound_is_below_its_dot(isa, kinds, r):
+def test_no_bound_is_below_its_dot(code_isa, kinds, r):
     assert_never_below(stressful_queries(r), ItemTable(stressful_rows(r)).pack(kinds))
 
 
 @pytest.mark.parametrize("kinds", CODES, ids="+".join)
 @pytest.mark.parametrize("kind", ["iid", "clustered", "decay", "norms", "sparse", "integer", "giant"])
-def test_no_bound_is_below_its_dot_on_every_kind_of_data(isa, kinds, kind):
+def test_no_bound_is_below_its_dot_on_every_kind_of_data(code_isa, kinds, kind):
     items = make_items(kind, 300, 48, 0)
     queries = make_queries(kind, 3, 17, 48, 1, items)
     assert assert_never_below(queries, ItemTable(items).pack(kinds)) > 0
@@ -147,7 +138,7 @@ def test_a_rotation_is_one(r):
 
 @pytest.mark.parametrize("r", [8, 64, 96, 128])
 @pytest.mark.parametrize("kinds", CODES, ids="+".join)
-def test_queries_along_what_codes_lost_come_close_and_never_pass(isa, kinds, r):
+def test_queries_along_what_codes_lost_come_close_and_never_pass(code_isa, kinds, r):
     """Cauchy-Schwarz is an equality for a query along a row's lost part: nothing is left of the slack but roundings."""
     table = ItemTable(make_items("iid", 64, r, 3)).pack(kinds)
     codes = table.codes()
@@ -167,7 +158,7 @@ def test_queries_along_what_codes_lost_come_close_and_never_pass(isa, kinds, r):
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float8_e4m3fn])
 @pytest.mark.parametrize("kinds", CODES, ids="+".join)
-def test_narrow_factors_and_scales_of_rows(isa, kinds, dtype):
+def test_narrow_factors_and_scales_of_rows(code_isa, kinds, dtype):
     items = make_items("norms", 96, 40, 0).clamp(-400, 400).to(dtype)
     scale = torch.randn(96, generator=generator(0)) * 10 ** (8 * torch.rand(96, generator=generator(1)) - 4)
     scale[:5] = torch.tensor([0.0, -1.0, 1e-40, 1e35, -1e-20])
@@ -191,7 +182,7 @@ def test_a_hunt_for_a_row_and_a_query_that_beat_the_bound(data):
         assert not queries.double().norm(dim=2).max() < 2.0**59 or queries.abs().max() < 2.0**-90
 
 
-def test_queries_that_are_too_long_or_no_numbers_have_no_bounds(isa):
+def test_queries_that_are_too_long_or_no_numbers_have_no_bounds(code_isa):
     table = ItemTable(make_items("iid", 64, 16, 0)).pack()
     for value in (NAN, INF, 1e30):
         queries = torch.ones(1, 2, 16)
@@ -201,7 +192,7 @@ def test_queries_that_are_too_long_or_no_numbers_have_no_bounds(isa):
 
 @pytest.mark.parametrize("r", WIDTHS)
 @pytest.mark.parametrize("kinds", CODES, ids="+".join)
-def test_codes_have_the_bits_of_the_reference(isa, kinds, r):
+def test_codes_have_the_bits_of_the_reference(code_isa, kinds, r):
     rows = stressful_rows(r)
     made = [room_for(formats.rotation(r, 3), len(rows), r, kinds) for _ in range(3)]
     cpu.encode_blocks(rows, None, made[0])
@@ -241,7 +232,7 @@ def test_what_is_kept_beside_a_code_is_true_of_it(r):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("value", [0, 255, None])
-def test_sums_of_extreme_codes_do_not_saturate(isa, bits, value):
+def test_sums_of_extreme_codes_do_not_saturate(code_isa, bits, value):
     """maddubs would: 255 x 127 x 2 is above 32767. Scale 1, lengths 0: a bound is the sum, times the query's step."""
     r, count = 128, 64
     table = ItemTable(make_items("iid", count, r, 0)).pack((f"int{bits}",))

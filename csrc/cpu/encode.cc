@@ -63,8 +63,8 @@ class Encoder {
     kernels_.rotate_panel(request_.rotation, panel_.data());
   }
 
-  // Codes are of the scaled row, dots are formed with the row as it lies and scaled then: where these may overflow, lose
-  // more by underflow than the bound allows for, or outlive a scaled row that vanishes, the row may hold anything.
+  // Codes are of the scaled row, dots are formed with the row as it lies and scaled then: where these may overflow,
+  // lose more by underflow than the bound allows for, or outlive a scaled row that vanishes, the row may hold anything.
   void scale_panel(int64_t first, int64_t count) {
     float scales[kLanes] = {}, before[kLanes];
     kernels_.widen(part_of(request_.row_scale, first, count), count, scales);
@@ -75,7 +75,8 @@ class Encoder {
     for (int i = 0; i < kLanes; ++i) {
       const bool vanished = largest_[i] == 0.0f && before[i] > 0.0f && scales[i] != 0.0f;
       const bool enlarges = before[i] > 0.0f && before[i] < kLeastScaledElement && std::fabs(scales[i]) > 1.0f;
-      if (vanished || enlarges || before[i] > kLargestScaledElement) panel_[i] = std::numeric_limits<float>::quiet_NaN();
+      if (vanished || enlarges || before[i] > kLargestScaledElement)
+        panel_[i] = std::numeric_limits<float>::quiet_NaN();
     }
   }
 
