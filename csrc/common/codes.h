@@ -61,17 +61,20 @@ URM_HOST_DEVICE int code_offset(int bits) {
   return bits == 4 ? 8 : 128;
 }
 
-// The part of a block behind its codes.
-struct BlockSide {
-  const float* scale;
-  const uint16_t* lost;
-  const uint16_t* norm;
+// Of one row, from the part of a block behind its codes. Blocks of a mapped file may lie
+// anywhere, so nothing is read in place.
+struct RowSide {
+  float scale;
+  uint16_t lost, norm;
 };
 
-URM_HOST_DEVICE BlockSide side_of(const char* block, int64_t code_bytes) {
+URM_HOST_DEVICE RowSide side_of_row(const char* block, int64_t code_bytes, int64_t row) {
   const char* side = block + code_bytes;
-  return {reinterpret_cast<const float*>(side), reinterpret_cast<const uint16_t*>(side + kBlockRows * sizeof(float)),
-          reinterpret_cast<const uint16_t*>(side + kBlockRows * (sizeof(float) + sizeof(uint16_t)))};
+  RowSide out;
+  memcpy(&out.scale, side + row * 4, sizeof out.scale);
+  memcpy(&out.lost, side + kBlockRows * 4 + row * 2, sizeof out.lost);
+  memcpy(&out.norm, side + kBlockRows * 6 + row * 2, sizeof out.norm);
+  return out;
 }
 
 // Byte of a block that holds element e of a row.

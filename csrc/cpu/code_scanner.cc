@@ -104,7 +104,7 @@ uint64_t CodeScanner<Results>::groups_that_reach(int64_t user, int64_t row, int6
   for (int64_t g = 1; g < groups; ++g) largest = std::max<int64_t>(largest, sums[g * rows]);
   constexpr double kRoom = 1e-6;
   const double threshold = results_.threshold(slot_, user);
-  const float scale = side_of(block_of(row), block_code_bytes(r_, codes_.bits)).scale[row % kBlockRows];
+  const float scale = side_of_row(block_of(row), block_code_bytes(r_, codes_.bits), row % kBlockRows).scale;
   const double unit = static_cast<double>(scale) * queries_.bounds[user].step * (1 - kRoom);
   const double room = bound - threshold + kRoom * (std::fabs(bound) + std::fabs(threshold));
   uint64_t reach = 0;
@@ -216,8 +216,8 @@ CodedRow CodeScanner<Results>::coded_row(int64_t row) {
   const char* block = block_of(row);
   const int64_t lane = row % kBlockRows;
   row_of_block(block, lane, r_, codes_.bits, work_.row_codes.data());
-  const BlockSide side = side_of(block, block_code_bytes(r_, codes_.bits));
-  return {work_.row_codes.data(), side.scale[lane], value_of_half(side.lost[lane]), value_of_half(side.norm[lane])};
+  const RowSide side = side_of_row(block, block_code_bytes(r_, codes_.bits), lane);
+  return {work_.row_codes.data(), side.scale, value_of_half(side.lost), value_of_half(side.norm)};
 }
 
 template <class Results>
