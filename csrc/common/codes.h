@@ -61,8 +61,8 @@ URM_HOST_DEVICE int code_offset(int bits) {
   return bits == 4 ? 8 : 128;
 }
 
-// Of one row, from the part of a block behind its codes. Blocks of a mapped file may lie anywhere, so nothing is read in
-// place.
+// Of one row, from the part of a block behind its codes. Blocks of a mapped file may lie anywhere, so nothing is read
+// in place.
 struct RowSide {
   float scale;
   uint16_t lost, norm;
