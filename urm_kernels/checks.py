@@ -229,7 +229,8 @@ def temperature(temperature: float | Tensor, dtype: torch.dtype, device: torch.d
     if not isinstance(temperature, numbers.Real) or isinstance(temperature, bool):
         raise TypeError(f"temperature: a number or a scalar tensor is wanted, {temperature!r} came")
     positive_normal("temperature", temperature, dtype)
-    return torch.tensor(float(temperature), dtype=dtype, device=device)
+    # Filled, not copied from the host: a GPU need not be waited for, and a graph can be captured.
+    return torch.full((), float(temperature), dtype=dtype, device=device)
 
 
 def positive_normal(name: str, value: Any, dtype: torch.dtype) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..table_view import ScanOptions, TableView, without_removed
+from ..table_view import ScanOptions, TableView
 
-COUNTS = False  # whether it counts what a scan does
-ROW_SCALE = False  # whether rows may have a scale
+COUNTS = True  # whether it counts what a scan does
+ROW_SCALE = True  # whether rows may have a scale
 
 
 def interpreted() -> bool:
@@ -54,9 +54,12 @@ def why_not(device: torch.device, dtypes: Collection[torch.dtype]) -> str | None
         return f"tensors are on {device}, not on a CUDA device"
     if torch.float64 in dtypes:
         return "float64 is computed by the reference backend"
-    if torch.float8_e4m3fn in dtypes:
-        return "it has no kernel for float8 items"
-    return _missing() or (_unfit(device) if device.type == "cuda" else None)
+    reason = _missing() or (_unfit(device) if device.type == "cuda" else None)
+    if reason is None and device.type == "cuda" and torch.float8_e4m3fn in dtypes:
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < (8, 9):
+            return f"for float8 items, compute capability 8.9 is needed, this device has {major}.{minor}"
+    return reason
 
 
 def _kernels(name: str) -> ModuleType:
@@ -79,19 +82,48 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def score_topk(queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
-    """See urm_kernels.score_topk; queries are float32 [B, M, r]."""
-    table = table.settled()
-    items, bias, alive = table.items, table.bias, table.alive
-    options = options._replace(mask=without_removed(options.mask, alive, items.shape[0]))
-    with _on(items.device):
-        found = _kernels("search").search(queries, items, bias, options, k, sorted, card(items.device))
+def score_topk(
+    queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See urm_kernels.score_topk; queries are float32 [B, M, r]. What the scan did is added to counts, int64 [3]."""
+    device = queries.device
+    with _on(device):
+        found = _kernels("search").search(queries, table.settled(), options, k, sorted, card(device), counts)
     return found.scores, found.ids
+
+
+def score_candidates(
+    queries: Tensor, table: TableView, candidates: Tensor, query_mask: Tensor | None, reduce: str
+) -> Tensor:
+    """See urm_kernels.score_candidates; queries are float32 [B, M, r]. Rows that do not exist score NaN."""
+    with _on(queries.device):
+        return _kernels("candidates").score_candidates(queries, table.settled(), candidates, query_mask, reduce)
 
 
 def candidate_dots(queries: Tensor, table: TableView, candidates: Tensor) -> Tensor:
     """[B, M, C] dots of every query with candidate rows, [B, C] or the same [C] for all; -1 counts as a zero row."""
-    if candidates.dim() == 1:
-        candidates = candidates.expand(queries.shape[0], -1)
     with _on(queries.device):
-        return _kernels("search").candidate_dots(queries, table.settled().items, candidates.contiguous())
+        return _kernels("candidates").candidate_dots(queries, table.settled(), candidates)
+
+
+def log_partition(queries: Tensor, table: TableView, options: ScanOptions, temperature: Tensor) -> Tensor:
+    """See urm_kernels.log_partition; queries are float32 [B, M, r], temperature a float32 scalar."""
+    device = queries.device
+    with _on(device):
+        return _kernels("partition").log_partition(queries, table.settled(), options, temperature, card(device))
+
+
+def log_partition_backward(
+    grad: Tensor,
+    logarithms: Tensor,
+    queries: Tensor,
+    table: TableView,
+    options: ScanOptions,
+    temperature: Tensor,
+    needs_items: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of queries, items, bias (empty [0] where not needed) and temperature."""
+    scan = (queries, table.settled(), options, temperature)
+    with _on(queries.device):
+        return _kernels("partition_gradient").gradients(grad, logarithms, *scan, needs_items, needs_bias)

@@ -108,7 +108,25 @@ def choose_tile(columns: int, m_pad: int, r_pad: int, itemsize: int, capability:
     return Tile(64, 64, block_r, 4, stages, 3)
 
 
+class CanonicalTile(NamedTuple):
+    """A block of canonical dots: rows by `columns` queries, those of `users` users side by side."""
+
+    rows: int
+    columns: int
+    users: int
+
+
+def canonical_tile(users: int, count: int) -> CanonicalTile:
+    """Of `users` users of `count` queries that meet the same rows.
+
+    512 dots, 64 running sums a thread, are as many as leave room for four programs a multiprocessor.
+    """
+    of_user = min(padded(count), 16)
+    columns = of_user * min(padded(users), 16 // of_user)
+    return CanonicalTile(min(512 // columns, 128), columns, columns // of_user)
+
+
 def relative_error(dtype: torch.dtype, r: int) -> float:
-    """Of a product on the tensor cores and of the canonical dot, as a share of |rounded q| |v|; docs/design.md."""
+    """Of a product on the tensor cores and of the canonical dot, as a share of |rounded q| |v|; docs/gpu.md."""
     cut = 2**-10 if dtype == torch.float32 else 0.0  # tf32: the row's elements are cut to ten bits
     return cut + (r + 16) * 2**-22 + (r / 16 + 4) * 2**-24 + 2**-21

@@ -1,12 +1,13 @@
 """Queries made ready for the tensor cores, with the slack of what that costs.
 
-A user's queries are scaled by one power of two, so that the largest element lies in [1, 2), and rounded to the table's
-type. For a finite row v of length |v|, the tensor core's best product c, computed with the rounded queries, obeys
+A user's queries are scaled by one power of two, so that the largest element lies in [1, 2), and rounded to the
+product's type: the table's, bfloat16 for float8. For a finite row v of length |v|, the tensor core's best product c,
+computed with the rounded queries, obeys
 
     canonical reduce_m(q_m . v)  <=  c / scale + a |v| + b
 
-with a = (max_m |q_m - rounded_m| + eps max_m |rounded_m|) and b an absolute term. docs/design.md has the proof and the
-model of the tensor core that it rests on.
+with a = (max_m |q_m - rounded_m| + eps max_m |rounded_m|) and b an absolute term; all of it times |s| where the row has
+a scale s. docs/gpu.md has the proof and the model of the tensor core that it rests on.
 """
 
 import triton
@@ -64,13 +65,12 @@ def prepare_queries(
     r,
     relative_error,
     reduce_relative,
-    reduce_fixed,
     M_PAD: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """One user a program. queries fp32 [B, M, r] contiguous -> rounded [B, M_PAD, R] in the table's type.
+    """One user a program. queries fp32 [B, M, r] contiguous -> rounded [B, M_PAD, R] in the product's type.
 
     What does not exist, and the padding up to M_PAD, repeats the user's first existing query: a maximum does not
     change, and the scan asks no questions. absent fp32 [B, M_PAD] is -inf there, for a sum. inverse_scale,
@@ -128,8 +128,7 @@ def prepare_queries(
     tl.store(length_slack + user, tl.where(served, slack, 0.0))
     # Underflow: of squares in a row's length (2^-62 sqrt(r)), of flushed products (r 2^-120, scaled), of the dot.
     tiny = slack * 2.168404344971009e-19 * tl.sqrt(r * 1.0) + inverse * r * 7.52316384526264e-37 + r * 1e-42
-    # Who can get nothing has codes of zero and a bound below every threshold.
-    tl.store(fixed_slack + user, tl.where(served, tiny + reduce_fixed, -3e38))
+    tl.store(fixed_slack + user, tl.where(served, tiny, 0.0))
     tl.store(wanted + user, tl.where(served, k, 0).to(tl.int64))
 
 
@@ -141,24 +140,35 @@ def set_limits(
     inverse_scale,
     length_slack,
     fixed_slack,
+    wanted,
+    reduce_fixed,
     thresholds,
     reach,
     slope,
+    fixed,
     B,
     SCALED: tl.constexpr,
+    ROW_SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """What the scan compares with, fp32 [B]: reach = threshold - b and slope = a, times the scale unless SCALED.
 
-    The threshold, kept beside, is the rank-th of a user's descending maxima, which lie `stride` apart.
+    The threshold, kept beside, is the rank-th of a user's descending maxima, which lie `stride` apart. With ROW_SCALE b
+    is written to `fixed` instead: like a, it grows with a row's scale. reduce_fixed does not, and is part of reach.
     """
     user = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = user < B
     threshold = tl.load(maxima + user.to(tl.int64) * stride + rank - 1, mask=inside, other=0.0)
-    fixed = tl.load(fixed_slack + user, mask=inside, other=0.0)
+    own = tl.load(fixed_slack + user, mask=inside, other=0.0)
     rise = tl.load(length_slack + user, mask=inside, other=0.0) * 1.000001
+    if ROW_SCALE:
+        tl.store(fixed + user, own * 1.000001, mask=inside)
+        own = tl.zeros([BLOCK], tl.float32) + 1e-37  # a scaled dot may round to zero
+    own += reduce_fixed
     # Rounding here and in the scan's own comparison.
-    most = threshold - fixed - 1e-6 * (tl.abs(threshold) + fixed)
+    most = threshold - own - 1e-6 * (tl.abs(threshold) + own)
+    # Who can get nothing has codes of zero.
+    most = tl.where(tl.load(wanted + user, mask=inside, other=0) > 0, most, 3e38)
     if not SCALED:
         scale = tl.load(inverse_scale + user, mask=inside, other=1.0)
         most = most / scale

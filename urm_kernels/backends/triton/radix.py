@@ -82,6 +82,8 @@ def select_unproven(
     items,
     stride_n,
     stride_r,
+    row_scale,
+    stride_scale,
     bias,
     stride_bias,
     mask,
@@ -132,11 +134,12 @@ def select_unproven(
                         live = allowed_rows(
                             mask, mask_stride_user, mask_stride_row, wide_user, rows, rows < N, MASK_BITS
                         )
-                        scores = canonical_scores(queries, exists, items, stride_n, stride_r, bias, stride_bias, M, r,
-                                                  wide_user, rows, live, C, D, LOG_SUM_EXP)  # fmt: skip
+                        scores = canonical_scores(queries, exists, items, stride_n, stride_r, row_scale, stride_scale,
+                                                  bias, stride_bias, M, r, wide_user, rows, live, C, D,
+                                                  LOG_SUM_EXP)  # fmt: skip
                         live = live & (scores == scores)
                         if exclude is not None:
-                            live = live & (excluded_rows(exclude, E, wide_user, rows, C) == 0)
+                            live = live & (excluded_rows(exclude, E, wide_user, rows) == 0)
                         key = pack_keys(scores, rows)
                         if step == PASSES:
                             live = live & (key >= prefix)

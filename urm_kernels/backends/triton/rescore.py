@@ -1,4 +1,4 @@
-"""Canonical scores of chosen rows: survivors become keys of the total order, candidates become dots."""
+"""Canonical scores of survivors become keys of the total order, and keys scores and rows again."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,6 @@ from .canonical import (
     NO_KEY,
     allowed_rows,
     block_of,
-    canonical_dots,
     canonical_scores,
     excluded_rows,
     pack_keys,
@@ -28,6 +27,8 @@ def rescore(
     items,
     stride_n,
     stride_r,
+    row_scale,
+    stride_scale,
     bias,
     stride_bias,
     exclude,
@@ -52,12 +53,11 @@ def rescore(
     else:
         live = (slots < count) & (tl.load(wanted + user) > 0)
         rows = tl.load(keys + slots, mask=live, other=0)
-        scores = canonical_scores(
-            queries, exists, items, stride_n, stride_r, bias, stride_bias, M, r, user, rows, live, C, D, LOG_SUM_EXP
-        )
+        scores = canonical_scores(queries, exists, items, stride_n, stride_r, row_scale, stride_scale, bias,
+                                  stride_bias, M, r, user, rows, live, C, D, LOG_SUM_EXP)  # fmt: skip
         live = live & (scores == scores)
         if exclude is not None:
-            live = live & (excluded_rows(exclude, E, user, rows, C) == 0)
+            live = live & (excluded_rows(exclude, E, user, rows) == 0)
         tl.store(keys + slots, tl.where(live, pack_keys(scores, rows), NO_KEY), mask=inside)
         reached = live & (scores >= tl.load(thresholds + user))
         tl.atomic_add(proofs + user, tl.sum(reached.to(tl.int64), 0), sem="relaxed")
@@ -73,6 +73,8 @@ def score_all(
     items,
     stride_n,
     stride_r,
+    row_scale,
+    stride_scale,
     bias,
     stride_bias,
     mask,
@@ -93,28 +95,11 @@ def score_all(
     inside = rows < N
     live = allowed_rows(mask, mask_stride_user, mask_stride_row, user, rows, inside, MASK_BITS)
     live = live & (tl.load(wanted + user) > 0)
-    scores = canonical_scores(
-        queries, exists, items, stride_n, stride_r, bias, stride_bias, M, r, user, rows, live, C, D, LOG_SUM_EXP
-    )
+    scores = canonical_scores(queries, exists, items, stride_n, stride_r, row_scale, stride_scale, bias, stride_bias,
+                              M, r, user, rows, live, C, D, LOG_SUM_EXP)  # fmt: skip
     if exclude is not None:
-        live = live & (excluded_rows(exclude, E, user, rows, C) == 0)
+        live = live & (excluded_rows(exclude, E, user, rows) == 0)
     tl.store(keys + user * N + rows, tl.where(live, pack_keys(scores, rows), NO_KEY), mask=inside)
-
-
-@triton.jit(do_not_specialize=["count", "M"])
-def candidate_dots(out, candidates, count, queries, items, stride_n, stride_r, M, r, C: tl.constexpr, D: tl.constexpr):
-    """out fp32 [B, M, count]; candidates int64 [B, count], -1 counts as a zero row. Programs: (blocks, users)."""
-    user = tl.program_id(1).to(tl.int64)
-    slots = block_of(tl.program_id(0), C)
-    inside = slots < count
-    rows = tl.load(candidates + user * count + slots, mask=inside, other=-1)
-    queries += user * M * r
-    for first in range(0, M, D):
-        m = first + tl.arange(0, D)
-        there = m < M
-        dots = canonical_dots(queries, items, stride_n, stride_r, r, user, m, there, rows, rows >= 0, C, D)
-        at = (user * M + m)[None, :] * count + slots[:, None]
-        tl.store(out + at, dots, mask=inside[:, None] & there[None, :])
 
 
 @triton.jit(do_not_specialize=["width", "k"])

@@ -2,6 +2,7 @@
 
     max_m(rounded[b, m] . items[i]) / scale_b + bias[i]  >=  reach_b - slope_b |items[i]|
 
+(with a scale s_i of the row: times s_i on the left, and reach_b - |s_i| (slope_b |items[i]| + fixed_b) on the right).
 Every row of which this is not false (NaN stays) goes into its user's list of survivors: its certain upper bound reaches
 the user's threshold (queries.py). Without bias both sides are multiplied by the scale. A list that overflows
 keeps counting, so that whoever reads the count knows. Of a sample (GATHERED > 0), maxima of the scores of GATHERED
@@ -36,6 +37,26 @@ def _squares(v, TENSOR_SQUARES: tl.constexpr):
 
 
 @triton.jit
+def _rows_at(pointers, inside, negative):
+    """The elements in the product's type: float8 becomes bfloat16, exactly. Rows that are `negative` change sign.
+
+    float8 products of the tensor cores would lose three of the queries' four digits, and keep about fourteen bits of a
+    sum; widening takes a few instructions of the time in which half as many bytes are read.
+    """
+    v = tl.load(pointers, mask=inside, other=0.0)
+    if v.dtype == tl.float8e4nv:
+        v = v.to(tl.bfloat16)
+    if negative is not None:
+        if v.dtype == tl.float32:
+            sign = tl.where(negative, -(2**31), 0).to(tl.int32)
+            v = (v.to(tl.int32, bitcast=True) ^ sign[:, None]).to(tl.float32, bitcast=True)
+        else:
+            sign = tl.where(negative, -(2**15), 0).to(tl.int16)
+            v = (v.to(tl.int16, bitcast=True) ^ sign[:, None]).to(v.dtype, bitcast=True)
+    return v
+
+
+@triton.jit
 def _product(v, q, SWAP: tl.constexpr):
     """v [BLOCK_N, R] times q [R, BLOCK_C], fp32.
 
@@ -47,8 +68,12 @@ def _product(v, q, SWAP: tl.constexpr):
 
 
 @triton.jit
-def _log_sum_exp(largest, total, dots, scale, absent, BLOCK_N: tl.constexpr, USERS: tl.constexpr, P: tl.constexpr):
+def _log_sum_exp(
+    largest, total, dots, scale, size, absent, BLOCK_N: tl.constexpr, USERS: tl.constexpr, P: tl.constexpr
+):
     """Running (largest, sum of exponentials) [BLOCK_N, USERS] after P more dots a user; `absent` is -inf for pads."""
+    if size is not None:
+        dots *= size[:, None]
     dots = tl.reshape(dots + absent[None, :], [BLOCK_N, USERS, P]) * scale[None, :, None]
     following = tl.maximum(largest, tl.max(dots, 2))
     # Against (-inf) - (-inf), before the first query that exists.
@@ -58,18 +83,38 @@ def _log_sum_exp(largest, total, dots, scale, absent, BLOCK_N: tl.constexpr, USE
 
 
 @triton.jit
-def _user_terms(users, B, inverse_scale, reach, slope, SAMPLE: tl.constexpr, SCALED: tl.constexpr):
-    """(1 / scale, reach, slope) [USERS] as far as they are used; nothing reaches what a user who is not there wants."""
+def _user_terms(users, B, inverse_scale, reach, slope, fixed, SAMPLE: tl.constexpr, SCALED: tl.constexpr):
+    """(1 / scale, reach, slope, fixed) [USERS] as far as used; nothing reaches what a user who is not there wants."""
     exists = users < B
     scale = tl.full(users.shape, 1.0, tl.float32)
     if SCALED:
         scale = tl.load(inverse_scale + users, mask=exists, other=1.0)
     most = scale
     rise = scale
+    least = scale
     if not SAMPLE:
         most = tl.load(reach + users, mask=exists, other=3e38)
         rise = tl.load(slope + users, mask=exists, other=0.0)
-    return scale, most, rise
+        if fixed is not None:
+            least = tl.load(fixed + users, mask=exists, other=0.0)
+    return scale, most, rise, least
+
+
+@triton.jit
+def _limits(most, rise, least, length, size, USERS: tl.constexpr):
+    """What scores are compared with: [BLOCK_N, USERS] where users are few; else [1, USERS], of the tile's longest row."""
+    if size is not None:
+        # Beyond 2^60 a scaled dot might overflow where its bound does not: everything survives.
+        length *= size
+        length = tl.where(length < 1.152921504606846976e18, length, float("inf"))
+    if USERS > 16:
+        length = tl.max(length, 0)[None]
+    limit = most[None, :] - length[:, None] * rise[None, :]
+    if size is not None:
+        if USERS > 16:
+            size = tl.max(size, 0)[None]
+        limit -= size[:, None] * least[None, :]
+    return limit
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -77,6 +122,8 @@ def scan(
     items,
     stride_n,
     stride_r,
+    row_scale,
+    stride_scale,
     N,
     step,
     tiles,
@@ -85,6 +132,7 @@ def scan(
     inverse_scale,
     reach,
     slope,
+    fixed,
     bias,
     stride_bias,
     mask,
@@ -124,13 +172,13 @@ def scan(
     USERS: tl.constexpr = BLOCK_C // M_PAD if M_PAD <= BLOCK_C else 1
     PARTS: tl.constexpr = M_PAD // BLOCK_C if M_PAD > BLOCK_C else 1
     WHOLE: tl.constexpr = R == BLOCK_R
-    SCALED: tl.constexpr = SAMPLE or LOG_SUM_EXP or bias is not None
+    SCALED: tl.constexpr = SAMPLE or LOG_SUM_EXP or bias is not None or row_scale is not None
     SPARSE_APPEND: tl.constexpr = SPARSE and USERS == BLOCK_C and USERS > 16 and not MASK_PER_USER
     blocks = 1 if ONE_BLOCK else tl.cdiv(B, USERS)
     at = tl.arange(0, BLOCK_R)
     if ONE_BLOCK:
         users = tl.arange(0, USERS)
-        scale, most, rise = _user_terms(users, B, inverse_scale, reach, slope, SAMPLE, SCALED)
+        scale, most, rise, least = _user_terms(users, B, inverse_scale, reach, slope, fixed, SAMPLE, SCALED)
         if WHOLE:
             every = tl.arange(0, BLOCK_C)
             q = tl.load(rounded + every[None, :] * R + at[:, None], mask=every[None, :] < B * M_PAD, other=0.0)
@@ -142,19 +190,23 @@ def scan(
         live = index < N
         rows = index * step
         start = items + rows[:, None] * stride_n
+        negative = None
+        size = None
+        if row_scale is not None:
+            size = tl.load(row_scale + rows * stride_scale, mask=live, other=1.0).to(tl.float32)
+            negative = size < 0
+            size = tl.abs(size)
         squares = tl.zeros([BLOCK_N], tl.float32)
         if WHOLE:
             inside = live[:, None] if EVEN_R else live[:, None] & (at < r)[None, :]
-            v = tl.load(start + at[None, :].to(tl.int64) * stride_r, mask=inside, other=0.0)
+            v = _rows_at(start + at[None, :].to(tl.int64) * stride_r, inside, negative)
             if not SAMPLE:
                 squares = _squares(v, TENSOR_SQUARES)
         elif not SAMPLE:
             for first in range(0, R, BLOCK_R):
                 inside = live[:, None] & (first + at < r)[None, :]
-                squares += _squares(
-                    tl.load(start + (first + at)[None, :].to(tl.int64) * stride_r, mask=inside, other=0.0),
-                    TENSOR_SQUARES,
-                )
+                v_part = _rows_at(start + (first + at)[None, :].to(tl.int64) * stride_r, inside, None)
+                squares += _squares(v_part, TENSOR_SQUARES)
         length = tl.sqrt(squares)
         row_bias = tl.zeros([BLOCK_N], tl.float32)
         if bias is not None:
@@ -163,7 +215,7 @@ def scan(
         for block in tl.range(0, blocks, num_stages=STAGES):
             if not ONE_BLOCK:
                 users = block * USERS + tl.arange(0, USERS)
-                scale, most, rise = _user_terms(users, B, inverse_scale, reach, slope, SAMPLE, SCALED)
+                scale, most, rise, least = _user_terms(users, B, inverse_scale, reach, slope, fixed, SAMPLE, SCALED)
             best = tl.full([BLOCK_N, USERS], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_N, USERS], tl.float32)
             for part in tl.static_range(PARTS):
@@ -177,14 +229,16 @@ def scan(
                     dots = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
                     for first in range(0, R, BLOCK_R):
                         inside = live[:, None] & (first + at < r)[None, :]
-                        v_part = tl.load(start + (first + at)[None, :].to(tl.int64) * stride_r, mask=inside, other=0.0)
+                        v_part = _rows_at(start + (first + at)[None, :].to(tl.int64) * stride_r, inside, negative)
                         q_part = tl.load(
                             rounded + columns[None, :] * R + (first + at)[:, None], mask=present, other=0.0
                         )
                         dots += _product(v_part, q_part, SWAP)
                 if LOG_SUM_EXP:
                     missing = tl.load(absent + columns, mask=columns < B * M_PAD, other=0.0)
-                    best, total = _log_sum_exp(best, total, dots, scale, missing, BLOCK_N, USERS, BLOCK_C // USERS)
+                    best, total = _log_sum_exp(
+                        best, total, dots, scale, size, missing, BLOCK_N, USERS, BLOCK_C // USERS
+                    )
                 elif USERS == BLOCK_C:
                     best = dots
                 else:
@@ -192,8 +246,14 @@ def scan(
             if LOG_SUM_EXP:
                 best = best + tl.log(total)
             exists = users < B
+            score = best
+            if SCALED:
+                if not LOG_SUM_EXP:
+                    score *= scale[None, :]
+                    if size is not None:
+                        score *= size[:, None]
+                score += row_bias[:, None]
             if SAMPLE:
-                score = (best if LOG_SUM_EXP else best * scale[None, :]) + row_bias[:, None]
                 alive = kept[:, None] & exists[None, :]
                 if MASK_PER_USER:
                     alive = allowed_rows(mask, mask_stride_user, mask_stride_row, users[None, :].to(tl.int64),
@@ -204,12 +264,7 @@ def scan(
                 into = out + users[None, :].to(tl.int64) * (tiles * (BLOCK_N // GATHERED)) + groups[:, None]
                 tl.store(into, tl.broadcast_to(best, [BLOCK_N // GATHERED, USERS]), mask=exists[None, :])
             else:
-                # A limit for every user and row where users are few; else one a user, with the longest row's length.
-                extent = length[:, None] if USERS <= 16 else tl.max(length, 0)
-                limit = most[None, :] - extent * rise[None, :]
-                score = best
-                if SCALED:
-                    score = (best if LOG_SUM_EXP else best * scale[None, :]) + row_bias[:, None]
+                limit = _limits(most, rise, least, length, size, USERS)
                 if SPARSE_APPEND:
                     append_sparse(score, tl.reshape(limit, [USERS]), tl.where(kept, rows, -1),
                                    tl.where(exists, users, -1), out, counts, capacity, BLOCK_N, USERS)  # fmt: skip

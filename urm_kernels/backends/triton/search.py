@@ -2,111 +2,84 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..table_view import ScanOptions
+from ..table_view import ScanOptions, TableView
 from . import queries as query_kernels
 from . import radix, rescore
-from .plan import GROUP, Card, Plan, Tile, choose_tile, make_plan, padded, relative_error
+from .call import Call, calls
+from .plan import Card, Plan, Tile, choose_tile, make_plan, padded, relative_error
 from .scan import scan as scan_kernel
 
+# Of the product on the tensor cores, by the table's.
+_PRODUCTS = {dtype: dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+_PRODUCTS[torch.float8_e4m3fn] = torch.bfloat16
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_EXACT = {"enable_fp_fusion": False}
 _MOST_REGISTERS = 248  # said aloud, or the assembler spills for the sake of an occupancy that is no use here
 
 
 class Found(NamedTuple):
-    """scores [B, k], ids [B, k]; unproven int64 [groups]: users that needed the second way, on the device."""
+    """scores [B, k], ids [B, k]; unproven: int64 [1] of every group of users, how many needed the second way."""
 
     scores: Tensor
     ids: Tensor
-    unproven: Tensor
+    unproven: list[Tensor]
 
 
-class Call(NamedTuple):
-    """One group of users, as the kernels take it. queries fp32 [B, M, r] and exists [B, M] are contiguous."""
+class _Keys(NamedTuple):
+    """keys int64 [B, n]; of a scan, survivors int32 [B] (without a sign) and unproven int64 [1]."""
 
-    queries: Tensor
-    exists: Tensor | None
-    items: Tensor
-    bias: Tensor | None
-    mask: Tensor | None
-    exclude: Tensor | None  # ascending, contiguous
-    log_sum_exp: bool
-
-    @property
-    def scored(self) -> tuple[Any, ...]:
-        """Arguments of every kernel that computes canonical scores: queries, exists, items, bias and strides."""
-        bias_stride = 0 if self.bias is None else self.bias.stride(0)
-        return (self.queries, self.exists, self.items, *self.items.stride(), self.bias, bias_stride)
-
-    @property
-    def masked(self) -> tuple[Any, ...]:
-        mask = self.mask
-        if mask is None:
-            return (None, 0, 0)
-        return (mask, mask.stride(0) if mask.dim() == 2 else 0, mask.stride(-1))
-
-    @property
-    def excluded(self) -> tuple[Any, ...]:
-        return (None, 0) if self.exclude is None else (self.exclude, self.exclude.shape[1])
-
-    @property
-    def bits(self) -> bool:
-        return self.mask is not None and self.mask.dtype == torch.uint8
+    keys: Tensor
+    survivors: Tensor | None = None
+    unproven: Tensor | None = None
 
 
 def search(
-    queries: Tensor, items: Tensor, bias: Tensor | None, options: ScanOptions, k: int, sorted: bool, card: Card
+    queries: Tensor,
+    table: TableView,
+    options: ScanOptions,
+    k: int,
+    sorted: bool,
+    card: Card,
+    counts: Tensor | None = None,
 ) -> Found:
-    """See urm_kernels.score_topk."""
-    query_mask, reduce, mask, exclude = options
-    users, rows = queries.shape[0], items.shape[0]
+    """See urm_kernels.score_topk; what it took is added to counts, int64 [3]."""
+    users, rows = queries.shape[0], table.items.shape[0]
     scores = queries.new_empty((users, k), dtype=torch.float32)
     ids = queries.new_empty((users, k), dtype=torch.int64)
     if users == 0 or k == 0:
-        return Found(scores, ids, ids.new_zeros(0))
+        return Found(scores, ids, [])
     if rows == 0 or queries.shape[1] == 0:
-        return Found(scores.fill_(-torch.inf), ids.fill_(-1), ids.new_zeros(0))
-    if exclude is not None:
-        exclude = exclude.sort(dim=1).values.contiguous() if exclude.shape[1] else None
-    wanted = k + (0 if exclude is None else exclude.shape[1])
+        return Found(scores.fill_(-torch.inf), ids.fill_(-1), [])
+    wanted = k + (0 if options.exclude is None else options.exclude.shape[1])
     plan = make_plan(users, rows, wanted)
     unproven = []
-    for first in range(0, users, plan.group):
-        part = slice(first, first + plan.group)
-        exists = None if query_mask is None else query_mask[part].contiguous()
-        call = Call(
-            *_combine(queries[part].contiguous(), exists, reduce),
-            items,
-            bias,
-            mask if mask is None or mask.dim() == 1 else mask[part],
-            None if exclude is None else exclude[part],
-            reduce == "logsumexp",
-        )
-        keys, failed = _dense_keys(call, k) if plan.dense else _surviving_keys(call, k, plan, card)
-        unproven.append(failed)
-        width = min(k, keys.shape[1])
-        best = torch.topk(keys, width, dim=1, sorted=sorted).values
-        grid = (-(-k // 256), keys.shape[0])
+    for part, call in calls(queries, table, options, plan.group):
+        found = _dense_keys(call, k) if plan.dense else _surviving_keys(call, k, plan, card)
+        if found.unproven is not None:
+            unproven.append(found.unproven)
+        if counts is not None:
+            _count(counts, call, plan, found)
+        width = min(k, found.keys.shape[1])
+        best = torch.topk(found.keys, width, dim=1, sorted=sorted).values
+        grid = (-(-k // 256), found.keys.shape[0])
         rescore.unpack_keys[grid](best, width, k, scores[part], ids[part], C=256)
-    return Found(scores, ids, torch.cat(unproven))
+    return Found(scores, ids, unproven)
 
 
-def _combine(queries: Tensor, exists: Tensor | None, reduce: str) -> tuple[Tensor, Tensor | None]:
-    """sum and mean are linear: one query a user."""
-    if reduce not in ("sum", "mean"):
-        return queries, exists
-    users, count, r = queries.shape
-    total = queries.new_empty((users, 1, r))
-    any_exists = torch.empty((users, 1), dtype=torch.bool, device=queries.device)
-    query_kernels.combine_queries[(users,)](
-        queries, exists, total, any_exists, count, r, R=padded(r), MEAN=reduce == "mean", **_EXACT
-    )
-    return total, any_exists
+def _count(counts: Tensor, call: Call, plan: Plan, found: _Keys) -> None:
+    """Bytes of rows read (0) and pairs scored canonically (2). A user of the second way scores every row in each pass."""
+    users, (rows, r) = call.queries.shape[0], call.items.shape
+    pairs = torch.full((), users * rows if plan.dense else 0, dtype=torch.int64, device=counts.device)
+    scanned = 0 if plan.dense else rows + plan.sample
+    if found.survivors is not None and found.unproven is not None:
+        pairs += (found.survivors.to(torch.int64) & 0xFFFFFFFF).clamp(max=plan.capacity).sum()
+        pairs += found.unproven[0] * (rows * (radix.PASSES.value + 1))
+    counts[0] += (pairs + scanned) * (r * call.items.element_size())
+    counts[2] += pairs
 
 
 class _Prepared(NamedTuple):
@@ -124,15 +97,13 @@ def prepare(call: Call, k: int) -> _Prepared:
     m_pad, r_pad = padded(count), padded(r, 16)
     scales, slack, fixed = call.queries.new_empty((3, users)).unbind()
     prepared = _Prepared(
-        torch.empty((users, m_pad, r_pad), dtype=call.items.dtype, device=call.queries.device),
+        torch.empty((users, m_pad, r_pad), dtype=_PRODUCTS[call.items.dtype], device=call.queries.device),
         call.queries.new_empty((users, m_pad)),
         scales,
         slack,
         fixed,
         torch.empty(users, dtype=torch.int64, device=call.queries.device),
     )
-    # log(sum exp) of M dots, computed here and by the canonical operations: both within these of the exact value.
-    excess = (8e-6, 3.2e-5 + 4e-7 * count) if call.log_sum_exp else (0.0, 0.0)
     query_kernels.prepare_queries[(users,)](
         call.queries,
         call.exists,
@@ -140,36 +111,36 @@ def prepare(call: Call, k: int) -> _Prepared:
         k,
         count,
         r,
-        relative_error(call.items.dtype, r),
-        *excess,
+        relative_error(prepared.rounded.dtype, r),
+        _excess(call)[0],
         M_PAD=m_pad,
         R=r_pad,
         D=min(16, m_pad),
-        KIND=_KINDS[call.items.dtype],
+        KIND=_KINDS[prepared.rounded.dtype],
     )
     return prepared
 
 
-def _canonical_tile(call: Call) -> dict[str, Any]:
-    """Rows and queries of a block of canonical dots: 2048 running sums a program."""
-    d = min(padded(call.queries.shape[1]), 8)
-    return {"C": 128 // d, "D": d, "LOG_SUM_EXP": call.log_sum_exp, **_EXACT}
+def _excess(call: Call) -> tuple[float, float]:
+    """(relative, absolute): log(sum exp) of M dots as the scan and as the canonical operations compute it are both
+    within these of the exact value."""
+    return (8e-6, 3.2e-5 + 4e-7 * call.queries.shape[1]) if call.log_sum_exp else (0.0, 0.0)
 
 
-def _dense_keys(call: Call, k: int) -> tuple[Tensor, Tensor]:
+def _dense_keys(call: Call, k: int) -> _Keys:
     users, count, r = call.queries.shape
     rows = call.items.shape[0]
     wanted = prepare(call, k).wanted
     keys = torch.empty((users, rows), dtype=torch.int64, device=call.queries.device)
-    tile = _canonical_tile(call)
+    tile = call.canonical_tile
     grid = (-(-rows // tile["C"]), users)
     rescore.score_all[grid](
         keys, rows, wanted, *call.scored, *call.masked, *call.excluded, count, r, MASK_BITS=call.bits, **tile
     )
-    return keys, torch.zeros(1, dtype=torch.int64, device=keys.device)
+    return _Keys(keys)
 
 
-def _surviving_keys(call: Call, k: int, plan: Plan, card: Card) -> tuple[Tensor, Tensor]:
+def _surviving_keys(call: Call, k: int, plan: Plan, card: Card) -> _Keys:
     users, count, r = call.queries.shape
     rows, device = call.items.shape[0], call.queries.device
     prepared = prepare(call, k)
@@ -178,7 +149,7 @@ def _surviving_keys(call: Call, k: int, plan: Plan, card: Card) -> tuple[Tensor,
     bins = 2 * radix.PASSES.value * radix.BINS.value
     counts, collected, histograms, arrivals, proofs = _zeros(device, users, users, bins, 1, users)
     scan_rows(call, prepared, limits, keys, counts, plan.capacity, card)
-    tile = _canonical_tile(call)
+    tile = call.canonical_tile
     rescore.rescore[(-(-plan.capacity // tile["C"]), users)](
         keys, counts, plan.capacity, limits.thresholds, proofs, prepared.wanted, *call.scored, *call.excluded, count, r,
         **tile,
@@ -191,7 +162,7 @@ def _surviving_keys(call: Call, k: int, plan: Plan, card: Card) -> tuple[Tensor,
         collected, keys, rows, -(-rows // tile["C"]), *call.scored, *call.masked, *call.excluded, count, r,
         MASK_BITS=call.bits, BLOCK=min(1024, padded(users)), maxnreg=_MOST_REGISTERS, **tile, **together,
     )  # fmt: skip
-    return keys, unproven
+    return _Keys(keys, counts, unproven)
 
 
 def _zeros(device: torch.device, *sizes: int) -> list[Tensor]:
@@ -203,11 +174,12 @@ def _zeros(device: torch.device, *sizes: int) -> list[Tensor]:
 
 
 class _Limits(NamedTuple):
-    """Of every user, fp32 [B]: the threshold, and what the scan compares with."""
+    """Of every user, fp32 [B]: the threshold, and what the scan compares with. fixed: where rows have scales."""
 
     thresholds: Tensor
     reach: Tensor
     slope: Tensor
+    fixed: Tensor | None
 
 
 def guess(call: Call, prepared: _Prepared, plan: Plan, card: Card) -> _Limits:
@@ -215,10 +187,13 @@ def guess(call: Call, prepared: _Prepared, plan: Plan, card: Card) -> _Limits:
     users = call.queries.shape[0]
     maxima = sample_maxima(call, prepared, plan.sample, plan.step, plan.gathered, card)
     best = torch.topk(maxima, plan.rank, dim=1, sorted=True).values
-    limits = _Limits(*call.queries.new_empty((3, users)).unbind())
+    scaled = call.row_scale is not None
+    thresholds, reach, slope, *fixed = call.queries.new_empty((3 + scaled, users)).unbind()
+    limits = _Limits(thresholds, reach, slope, fixed[0] if fixed else None)
     query_kernels.set_limits[(-(-users // 128),)](
-        best, best.stride(0), plan.rank, prepared.inverse_scale, prepared.length_slack, prepared.fixed_slack, *limits,
-        users, SCALED=call.log_sum_exp or call.bias is not None, BLOCK=128,
+        best, best.stride(0), plan.rank, prepared.inverse_scale, prepared.length_slack, prepared.fixed_slack,
+        prepared.wanted, _excess(call)[1], *limits, users,
+        SCALED=call.log_sum_exp or call.bias is not None or scaled, ROW_SCALE=scaled, BLOCK=128,
     )  # fmt: skip
     return limits
 
@@ -251,7 +226,7 @@ def scan_rows(
 
 def _tile(call: Call, prepared: _Prepared, card: Card) -> Tile:
     users, m_pad, r_pad = prepared.rounded.shape
-    return choose_tile(users * m_pad, m_pad, r_pad, call.items.element_size(), card.capability)
+    return choose_tile(users * m_pad, m_pad, r_pad, prepared.rounded.element_size(), card.capability)
 
 
 def _launch_scan(
@@ -272,16 +247,14 @@ def _launch_scan(
     tiles = -(-rows // tile.block_n)
     bias_stride = 0 if call.bias is None else call.bias.stride(0)
     scan_kernel[(min(tiles, card.processors * tile.per_sm),)](
-        call.items,
-        *call.items.stride(),
+        *call.table,
         rows,
         step,
         tiles,
         prepared.rounded,
         prepared.absent,
         prepared.inverse_scale,
-        None if limits is None else limits.reach,
-        None if limits is None else limits.slope,
+        *(limits or (None,) * 4)[1:],
         call.bias,
         bias_stride,
         *call.masked,
@@ -303,35 +276,8 @@ def _launch_scan(
         MASK_PER_USER=call.mask is not None and call.mask.dim() == 2,
         GATHERED=gathered,
         SPARSE=tile.owns_scores(card),
-        TENSOR_SQUARES=call.items.dtype == torch.bfloat16 and card.adds_squares,
+        TENSOR_SQUARES=prepared.rounded.dtype == torch.bfloat16 and card.adds_squares,
         STAGES=tile.stages,
         num_warps=tile.warps,
         maxnreg=_MOST_REGISTERS if tile.block_r < r_pad else None,
     )
-
-
-def candidate_dots(queries: Tensor, items: Tensor, candidates: Tensor) -> Tensor:
-    """[B, M, C] canonical dots; see urm_kernels.backends."""
-    queries, candidates = queries.contiguous(), candidates.contiguous()
-    users, count, r = queries.shape
-    width = candidates.shape[1]
-    out = queries.new_empty((users, count, width))
-    d = min(padded(count), 8)
-    # A grid's second dimension ends at 65,535.
-    for first in range(0, users if out.numel() else 0, GROUP):
-        part = slice(first, first + GROUP)
-        grid = (-(-width * d // 128), out[part].shape[0])
-        rescore.candidate_dots[grid](
-            out[part],
-            candidates[part],
-            width,
-            queries[part],
-            items,
-            *items.stride(),
-            count,
-            r,
-            C=128 // d,
-            D=d,
-            **_EXACT,
-        )
-    return out
