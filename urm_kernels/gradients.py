@@ -5,6 +5,7 @@ Scores of chosen rows (score_topk, score_candidates) need these rows only; log_p
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import torch
@@ -15,6 +16,7 @@ from .backends.table_view import ScanOptions, TableView, gather_rows
 
 _CHUNK = 1 << 22  # weights [users, M, k] held at a time
 _PARTITION_CHUNK = 1 << 20  # dots [users, M, rows] held at a time: 4 MiB, and a few temporaries of that size
+_DEVICE_CHUNK = 1 << 23  # the same where a launch has to be worth its while
 
 
 def row_gradients(
@@ -75,7 +77,7 @@ def partition_gradients(
     A row's share of a user's sum is p = exp(score / T - log_partition); d log_partition / d score = p / T. Sums over
     rows are formed in float64.
     """
-    query_mask, reduce, mask, exclude = options
+    query_mask, reduce = options.query_mask, options.reduce
     users, count, r = queries.shape
     rows = table.items.shape[0]
     dtype, device = grad.dtype, grad.device
@@ -87,29 +89,19 @@ def partition_gradients(
     adds = reduce in ("sum", "mean")
     # Dots of one query a user where they are linear; its gradient is handed on to the user's queries at the end.
     asked, asked_exist = combine_queries(queries.to(dtype), exists, reduce) if adds else (queries.to(dtype), exists)
-    step = max(1, _PARTITION_CHUNK // max(1, users * asked.shape[1]))
+    chunk = _PARTITION_CHUNK if device.type == "cpu" else _DEVICE_CHUNK
+    step = max(1, chunk // max(1, users * asked.shape[1]))
     grad_asked = torch.zeros(asked.shape, dtype=torch.float64, device=device)
-    finite = torch.isfinite(logarithms)
+    scan = (asked, asked_exist, table, options._replace(reduce="max" if adds else reduce), temperature)
+    weigh = getattr(backend, "partition_weights", None) or functools.partial(_partition_weights, backend)
     for first in range(0, rows if users and count else 0, step):
-        at = torch.arange(first, min(first + step, rows), device=device)
-        dots = backend.candidate_dots(asked, table, at)
-        weight = query_weights(dots, asked_exist, "max" if adds else reduce)
-        scores = _reduced(dots, asked_exist, reduce)
-        part = slice(first, first + len(at))
-        if table.bias is not None:
-            scores = scores + table.bias[part].to(dtype)
-        scores = scores / temperature
-        counts = allowed_rows(at, users, mask, exclude, table.alive) & finite[:, None] & ~torch.isnan(scores)
-        share = torch.exp(scores - logarithms[:, None]) * grad[:, None] / temperature
-        share = share.masked_fill(~counts, 0)
+        part = slice(first, min(first + step, rows))
+        weight, share, scores = weigh(grad, logarithms, *scan, part)
         grad_temperature -= (share * scores.masked_fill(share == 0, 0)).sum(dtype=torch.float64)
         if needs_bias:
             grad_bias[part] = share.sum(0)
-        # What takes no part is cut out, not multiplied by zero: 0 x inf would be NaN.
-        weight = (weight.to(dtype) * share[:, None]).masked_fill((share == 0)[:, None], 0)
-        if table.row_scale is not None:
-            weight = weight * table.row_scale[part].to(dtype)
         flat = weight.flatten(0, 1)
+        # What takes no part is cut out, not multiplied by zero: 0 x inf would be NaN.
         idle = (share == 0).all(0)
         values = table.items[part].to(dtype).masked_fill(idle[:, None], 0)
         grad_asked += (flat @ values).view(asked.shape)
@@ -122,6 +114,36 @@ def partition_gradients(
     else:
         grad_queries = grad_asked
     return _existing(grad_queries, exists).to(queries.dtype), grad_items, grad_bias, grad_temperature.to(dtype)
+
+
+def _partition_weights(
+    backend: ModuleType,
+    grad: Tensor,
+    logarithms: Tensor,
+    asked: Tensor,
+    exist: Tensor,
+    table: TableView,
+    options: ScanOptions,
+    temperature: Tensor,
+    part: slice,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of some rows: gradients of their dots [B, M, n] as products with the unscaled rows, of their scores [B, n] times
+    the temperature, and these scores, divided by the temperature."""
+    at = torch.arange(part.start, part.stop, device=grad.device)
+    dots = backend.candidate_dots(asked, table, at)
+    scores = _reduced(dots, exist, options.reduce)
+    if table.bias is not None:
+        scores = scores + table.bias[part].to(grad.dtype)
+    scores = scores / temperature
+    counts = allowed_rows(at, len(grad), options.mask, options.exclude, table.alive)
+    counts &= torch.isfinite(logarithms)[:, None] & ~torch.isnan(scores)
+    share = torch.exp(scores - logarithms[:, None]) * grad[:, None] / temperature
+    share = share.masked_fill(~counts, 0)
+    weight = query_weights(dots, exist, options.reduce).to(grad.dtype)
+    weight = (weight * share[:, None]).masked_fill((share == 0)[:, None], 0)
+    if table.row_scale is not None:
+        weight = weight * table.row_scale[part].to(grad.dtype)
+    return weight, share, scores
 
 
 def _all_exist(queries: Tensor) -> Tensor:

@@ -113,17 +113,18 @@ def log_partition(queries: Tensor, table: TableView, options: ScanOptions, tempe
         return _kernels("partition").log_partition(queries, table.settled(), options, temperature, card(device))
 
 
-def log_partition_backward(
+def partition_weights(
     grad: Tensor,
     logarithms: Tensor,
     queries: Tensor,
+    exists: Tensor,
     table: TableView,
     options: ScanOptions,
     temperature: Tensor,
-    needs_items: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of queries, items, bias (empty [0] where not needed) and temperature."""
-    scan = (queries, table.settled(), options, temperature)
+    part: slice,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What log_partition's gradient is made of, for some rows; see urm_kernels.gradients."""
+    options = options._replace(query_mask=exists)
     with _on(queries.device):
-        return _kernels("partition_gradient").gradients(grad, logarithms, *scan, needs_items, needs_bias)
+        kernels = _kernels("partition_gradient")
+        return kernels.partition_weights(grad, logarithms, queries, table.settled(), options, temperature, part)

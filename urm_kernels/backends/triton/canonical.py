@@ -143,6 +143,51 @@ def any_query(exists, users, present, M, USERS: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
+def best_dots(
+    queries,
+    exists,
+    items,
+    stride_n,
+    stride_r,
+    row_scale,
+    stride_scale,
+    M,
+    r,
+    users,
+    present,
+    rows,
+    live,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    USERS: tl.constexpr,
+):
+    """(largest dots fp32, whose they are int32, whether any is NaN) [C, USERS], over the queries that exist of users
+    int64 [USERS] that are `present`, for rows [C]. The lowest query wins a tie.
+
+    queries fp32 [B, M, r] contiguous, D / USERS of each user at a time; exists bool [B, M] contiguous or None.
+    """
+    P: tl.constexpr = D // USERS
+    largest = tl.full([C, USERS], float("-inf"), tl.float32)
+    winner = tl.zeros([C, USERS], tl.int32)
+    bad = tl.zeros([C, USERS], tl.int32)
+    for first in range(0, M, P):
+        columns, there = columns_of(exists, users, present, first, M, USERS, P)
+        dots = canonical_dots(
+            queries, items, stride_n, stride_r, row_scale, stride_scale, r, columns, there, rows, live, C, D
+        )
+        counted = tl.broadcast_to(there[None, :], [C, D])
+        nan = dots != dots
+        bad = bad | tl.max(tl.reshape((nan & counted).to(tl.int32), [C, USERS, P]), 2)
+        kept = tl.reshape(tl.where(counted & (nan == 0), dots, float("-inf")), [C, USERS, P])
+        best = tl.max(kept, 2)
+        m = first + tl.arange(0, P)
+        lowest = tl.min(tl.where(kept == best[:, :, None], m[None, None, :], M), 2)
+        winner = tl.where(best > largest, lowest, winner)
+        largest = tl.maximum(largest, best)
+    return largest, winner, bad != 0
+
+
+@triton.jit
 def reduced_dots(
     queries,
     exists,
@@ -162,24 +207,9 @@ def reduced_dots(
     USERS: tl.constexpr,
     LOG_SUM_EXP: tl.constexpr,
 ):
-    """[C, USERS] maxima, or log-sum-exps, over the queries of users int64 [USERS] that are `present`, for rows [C].
-
-    NaN where an existing query's dot is. queries fp32 [B, M, r] contiguous, D / USERS of each user at a time; exists
-    bool [B, M] contiguous or None.
-    """
-    P: tl.constexpr = D // USERS
-    largest = tl.full([C, USERS], float("-inf"), tl.float32)
-    bad = tl.zeros([C, USERS], tl.int32)
-    for first in range(0, M, P):
-        columns, there = columns_of(exists, users, present, first, M, USERS, P)
-        dots = canonical_dots(
-            queries, items, stride_n, stride_r, row_scale, stride_scale, r, columns, there, rows, live, C, D
-        )
-        counted = tl.broadcast_to(there[None, :], [C, D])
-        nan = dots != dots
-        bad = bad | tl.max(tl.reshape((nan & counted).to(tl.int32), [C, USERS, P]), 2)
-        kept = tl.where(counted & (nan == 0), dots, float("-inf"))
-        largest = tl.maximum(largest, tl.max(tl.reshape(kept, [C, USERS, P]), 2))
+    """[C, USERS] maxima, or log-sum-exps, of the dots of best_dots; NaN where one of them is."""
+    largest, _, bad = best_dots(queries, exists, items, stride_n, stride_r, row_scale, stride_scale, M, r, users,
+                                present, rows, live, C, D, USERS)  # fmt: skip
     result = largest
     if LOG_SUM_EXP:
         # Kahan's sum, m ascending: dots are computed again rather than kept, so that M does not cost memory.
@@ -196,7 +226,7 @@ def reduced_dots(
             excess = tl.where(there[None, :], (following - total) - term, excess)
             total = tl.where(there[None, :], following, total)
         result = tl.where(finite, largest + canonical_log(tl.where(finite, total, 1.0)), largest)
-    return tl.where(bad != 0, float("nan"), result)
+    return tl.where(bad, float("nan"), result)
 
 
 @triton.jit

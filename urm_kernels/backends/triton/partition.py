@@ -19,8 +19,8 @@ from .canonical import (
     any_query,
     block_of,
     canonical_log,
-    exp_polynomial,
     excluded_rows,
+    exp_polynomial,
     minus_logarithms,
     reduced_dots,
     some_excluded,
@@ -97,7 +97,7 @@ def add_exponentials(
     users = block_of(tl.program_id(1), USERS)
     present = users < B
     served = any_query(exists, users, present, M, USERS, D // USERS)
-    divisor = tl.load(temperature)
+    divisor = tl.zeros([C, USERS], tl.float32) + tl.load(temperature)
     top = tl.full([USERS], NO_GROUP, tl.int32)
     huge = tl.full([C, USERS], float("-inf"), tl.float32)
     total = tl.zeros([C, USERS, GROUPS], tl.int64)
@@ -107,10 +107,12 @@ def add_exponentials(
         inside = rows < N
         reduced = reduced_dots(queries, exists, items, stride_n, stride_r, row_scale, stride_scale, M, r, users,
                                present, rows, inside, C, D, USERS, LOG_SUM_EXP)  # fmt: skip
-        scores = tl.div_rn(with_bias(reduced, bias, stride_bias, rows, inside), tl.zeros([C, USERS], tl.float32) + divisor)
+        scores = tl.div_rn(
+            with_bias(reduced, bias, stride_bias, rows, inside), tl.zeros([C, USERS], tl.float32) + divisor
+        )
         live = inside[:, None] & served[None, :] & (scores == scores)
         live = allowed_rows(mask, mask_stride_user, mask_stride_row, users[None, :], rows[:, None], live, MASK_BITS)
-        if exclude is not None:
+        if exclude is not None:  # noqa: SIM102  # the first is the compiler's, the second the kernel's
             if some_excluded(exclude, E, users, present, (tl.zeros([], tl.int64) + tile) * C, C):
                 live = live & (excluded_rows(exclude, E, tl.where(present, users, 0)[None, :], rows[:, None]) == 0)
         ordinary = live & (tl.abs(scores) < HUGE)
@@ -162,9 +164,7 @@ def logarithms_of_sums(out, tops, sums, largest, depth, programs, B, SHARES: tl.
     tl.store(out + user + tl.arange(0, 1), result)
 
 
-def log_partition(
-    queries: Tensor, table: TableView, options: ScanOptions, temperature: Tensor, card: Card
-) -> Tensor:
+def log_partition(queries: Tensor, table: TableView, options: ScanOptions, temperature: Tensor, card: Card) -> Tensor:
     """See urm_kernels.log_partition."""
     rows = table.items.shape[0]
     out = queries.new_empty(queries.shape[0])

@@ -102,7 +102,7 @@ def _user_terms(users, B, inverse_scale, reach, slope, fixed, SAMPLE: tl.constex
 
 @triton.jit
 def _limits(most, rise, least, length, size, USERS: tl.constexpr):
-    """What scores are compared with: [BLOCK_N, USERS] where users are few; else [1, USERS], of the tile's longest row."""
+    """What scores are compared with: [BLOCK_N, USERS] for few users; else [1, USERS], of the tile's longest row."""
     if size is not None:
         # Beyond 2^60 a scaled dot might overflow where its bound does not: everything survives.
         length *= size

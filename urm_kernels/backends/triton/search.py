@@ -71,7 +71,7 @@ def search(
 
 
 def _count(counts: Tensor, call: Call, plan: Plan, found: _Keys) -> None:
-    """Bytes of rows read (0) and pairs scored canonically (2). A user of the second way scores every row in each pass."""
+    """Bytes of rows read (0), pairs scored canonically (2). The second way scores every row in each of its passes."""
     users, (rows, r) = call.queries.shape[0], call.items.shape
     pairs = torch.full((), users * rows if plan.dense else 0, dtype=torch.int64, device=counts.device)
     scanned = 0 if plan.dense else rows + plan.sample
