@@ -9,6 +9,8 @@ from test_bits import CASES, case, of_user, on
 from test_gradients import by_torch, leaves
 
 from urm_kernels import ItemTable, score_candidates, score_topk
+from urm_kernels.backends import select
+from urm_kernels.backends.table_view import TableView
 from urm_kernels.testing import forced, make_items, make_queries, three_way_error
 
 SCORING = ("reduce", "bias", "query_mask")
@@ -172,6 +174,28 @@ def test_candidates_that_are_refused_in_words(device, error, chosen):
     chosen = chosen.to(device) if torch.is_tensor(chosen) and chosen.device.type == "cpu" else chosen
     with pytest.raises(error, match=r"^candidates: .* (wanted|queries are on)"):
         score_candidates(torch.ones(2, 3, 4, device=device), torch.ones(5, 4, device=device), chosen)
+
+
+@pytest.mark.parametrize(("rows", "bad"), [(5, 5), (5, -2), (5, 2**62), (5, -(2**63)), (0, 0)])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_backends_score_rows_that_do_not_exist_nan(backend, device, rows, bad, reduce):
+    if backend == "cpu":
+        pytest.skip("they are refused before")
+    queries, items = torch.ones(2, 3, 4, device=device), torch.ones(rows, 4, device=device)
+    for chosen in (torch.tensor([-1, bad]), torch.tensor([[-1, bad], [-1, bad]])):
+        module = select.BACKENDS[backend]
+        scores = module.score_candidates(queries, TableView(items), chosen.to(device), None, reduce)
+        assert_equal_bits(scores, torch.tensor([[-INF, NAN]] * 2))
+
+
+def test_rows_that_do_not_exist_have_no_gradient_where_looking_would_be_waiting(device):
+    if device.type == "cpu":
+        pytest.skip("they are refused")
+    queries, items = (torch.ones(n, 4, device=device, requires_grad=True) for n in (2, 5))
+    scores = score_candidates(queries, items, torch.tensor([1, 5, -7], device=device))
+    scores.nansum().backward()
+    assert scores.tolist()[0][0] == 4.0 and scores.isnan().sum(1).tolist() == [2, 2]
+    assert queries.grad.tolist() == [[1.0] * 4] * 2 and items.grad.sum(1).tolist() == [0.0, 8.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(("rows", "bad"), [(5, 5), (5, -2), (5, 2**62), (5, -(2**63)), (0, 0)])

@@ -28,6 +28,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         tl.store(out + square, tl.dot(tl.load(a + square), tl.load(b + square)))
 
 
+    @triton.jit
+    def widen(x, wide, half):
+        at = tl.arange(0, 256)
+        values = tl.load(x + at)
+        tl.store(wide + at, values.to(tl.float32))
+        tl.store(half + at, values.to(tl.bfloat16))
+
+
 @pytest.fixture(params=[True, False], ids=["mended", "as it comes"])
 def mended(request, monkeypatch):
     if not request.param:
@@ -49,3 +57,11 @@ def test_bfloat16_products(mended):
     out = torch.empty(16, 16)
     product[(1,)](a, b, out)
     assert torch.allclose(out, a.float() @ b.float(), atol=1e-4) == mended
+
+
+def test_float8_values(mended):
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    wide, half = torch.empty(256), torch.empty(256, dtype=torch.bfloat16)
+    widen[(1,)](values, wide, half)
+    assert torch.equal(wide.nan_to_num(999), values.float().nan_to_num(999)) == mended
+    assert torch.equal(half.float().nan_to_num(999), values.float().nan_to_num(999)) == mended

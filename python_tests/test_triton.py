@@ -3,13 +3,14 @@
 Most tables here are just large enough to be scanned behind a guessed threshold instead of scored row by row.
 """
 
+import copy
 import os
 
 import pytest
 import torch
 from support import INF, NAN, assert_same_bits, by_reference, ids_of, packed
 
-from urm_kernels import score_topk
+from urm_kernels import ItemTable, score_topk
 from urm_kernels.backends import select
 from urm_kernels.backends.table_view import TableView
 from urm_kernels.testing import make_items, make_queries
@@ -30,7 +31,7 @@ def data(device, kind="decay", users=2, count=3, rows=ROWS, r=16, dtype=torch.fl
 def assert_equals_reference(queries, items, k, **options):
     result = score_topk(queries, items, k, backend="triton", **options)
     there = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
-    assert_same_bits(result, by_reference(queries.cpu(), items.cpu(), k, **there))
+    assert_same_bits(result, by_reference(queries.cpu(), copy.deepcopy(items).cpu(), k, **there))
     return result
 
 
@@ -167,6 +168,72 @@ def test_fewer_allowed_than_wanted(device):
 def test_small_tables_are_scored_row_by_row(device, reduce):
     queries, items = data(device, rows=300, r=19)
     assert_equals_reference(queries, items, 310, reduce=reduce, bias=torch.randn(300, device=device))
+
+
+SCALES = (1.0, -1.0, 3.7, 1e-30, -1e-30, 1e30, -1e20, 0.0, -0.0, 1e-44, 2.0**100, INF, -INF, NAN)
+
+
+@pytest.mark.parametrize("reduce", ["max", "logsumexp", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_rows_with_scales_of_every_size_and_sign(device, reduce, dtype):
+    queries, items = data(device, "norms", users=3, count=2, r=20)
+    items = (items / items.abs().amax() * 300).to(dtype)
+    scale = torch.exp(torch.randn(ROWS)) * torch.where(torch.rand(ROWS) < 0.3, -1.0, 1.0)
+    assert_equals_reference(queries, scaled(items, scale), 15, reduce=reduce)
+    # Few of the extremes, or what is infinite would take every place.
+    rows = torch.randperm(ROWS)[: 2 * len(SCALES)]
+    scale[rows] = torch.tensor(SCALES * 2)
+    found = assert_equals_reference(queries, scaled(items, scale), 40, reduce=reduce)
+    assert (found.scores == INF).any() and not found.scores.isnan().any()
+
+
+def scaled(items, scale):
+    return ItemTable(items, row_scale=scale.to(items.device))
+
+
+def test_many_users_of_scaled_rows(device):
+    queries, items = data(device, users=40, count=1, r=8, dtype=torch.bfloat16)
+    scale = torch.exp(torch.randn(ROWS)) * torch.where(torch.rand(ROWS) < 0.5, -1.0, 1.0)
+    assert_equals_reference(queries, scaled(items, scale), 5)
+
+
+def test_scaled_dots_that_overflow_or_vanish(device):
+    # Beside scores near the largest float32, and near the smallest.
+    queries, items = data(device, users=1, count=2, r=8)
+    for size in (3e37, 1e-44):
+        assert_equals_reference(queries, scaled(items, torch.rand(ROWS) * size), 9)
+
+
+def test_float8_rows_wider_than_a_block(device):
+    queries, items = data(device, users=1, count=3, r=600)
+    assert_equals_reference(queries, scaled(items.to(torch.float8_e4m3fn), torch.rand(ROWS)), 5)
+
+
+def test_every_float8_value(device):
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    items = torch.stack([values.float(), torch.ones(256)], 1).to(torch.float8_e4m3fn).view(torch.uint8)
+    items = items.repeat(ROWS // 256 + 1, 1).view(torch.float8_e4m3fn).to(device)
+    queries = torch.tensor([[[1.0, 0.5]], [[-3.0, 0.0]]], device=device)
+    assert_equals_reference(queries, ItemTable(items), 600)
+
+
+@pytest.mark.parametrize("rows", [300, ROWS])
+def test_what_a_scan_did(device, rows):
+    queries, items = data(device, users=3, count=2, r=16, rows=rows, dtype=torch.bfloat16)
+    found, stats = score_topk(queries, items, 10, return_stats=True, backend="triton")
+    assert_same_bits(found, by_reference(queries.cpu(), items.cpu(), 10))
+    assert stats.proven.tolist() == [True] * 3
+    pairs = int(stats.survivors[1])
+    assert 30 <= pairs <= 3 * rows and (pairs == 3 * rows) == (rows == 300)
+    assert int(stats.survivors[0]) == 0
+    assert 32 * rows * (1 if rows == ROWS else 3) <= int(stats.bytes_read) <= 32 * (2 * rows + pairs)
+
+
+def test_what_the_second_way_did_is_counted(device):
+    # Every row ties: more survive than there is room for, and each of seven passes scores all of them.
+    queries, items = torch.ones(1, 1, 4, device=device), torch.ones(ROWS, 4, device=device)
+    _, stats = score_topk(queries, items, 7, return_stats=True, backend="triton")
+    assert int(stats.survivors[1]) > 7 * ROWS and int(stats.bytes_read) > 16 * 7 * ROWS
 
 
 def test_gradients(device):

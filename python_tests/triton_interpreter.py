@@ -14,7 +14,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _conver
 
 from urm_kernels.backends.canonical import fma32
 
-unmended = {name: getattr(InterpreterBuilder, name) for name in ("create_fma", "create_dot")}
+unmended = {name: getattr(InterpreterBuilder, name) for name in ("create_fma", "create_dot", "create_fp_to_fp")}
 
 
 def _create_fma(self, x, y, z):
@@ -36,8 +36,18 @@ def _create_dot(self, a, b, *rest):
     return unmended["create_dot"](self, widened(a), widened(b), *rest)
 
 
+def _create_fp_to_fp(self, src, *rest):
+    """The largest number of float8 e4m3's bits is NaN; the interpreter takes it for 480."""
+    result = unmended["create_fp_to_fp"](self, src, *rest)
+    if src.dtype.scalar == tl.float8e4nv:
+        nan = {tl.float32: np.float32("nan"), tl.bfloat16: np.uint16(0x7FC0)}[result.dtype.scalar]
+        result.data = np.where((src.data & 0x7F) == 0x7F, nan, result.data)
+    return result
+
+
 def mend():
     InterpreterBuilder.create_fma, InterpreterBuilder.create_dot = _create_fma, _create_dot
+    InterpreterBuilder.create_fp_to_fp = _create_fp_to_fp
 
 
 mend()

@@ -140,8 +140,8 @@ def score_candidates(
     without storing the rows [B, C, r] or the dots [B, M, C]: memory beyond the result is a tile a thread.
 
     Args:
-        candidates: int64 [B, C] row indices, or [C], the same for all users. -1 is no candidate; rows that do not exist
-            raise on the CPU.
+        candidates: int64 [B, C] row indices, or [C], the same for all users. -1 is no candidate. Rows that do not exist
+            raise on the CPU; on other devices they score NaN, since looking would be waiting.
         queries, items, projection, query_mask, reduce, bias, sparse_grad, backend: as in :func:`score_topk`.
 
     Returns:

@@ -265,14 +265,16 @@ class _ExponentialSum:
 def score_candidates(
     queries: Tensor, table: TableView, candidates: Tensor, query_mask: Tensor | None, reduce: str
 ) -> Tensor:
-    """See urm_kernels.score_candidates."""
+    """See urm_kernels.score_candidates; rows that do not exist score NaN."""
     with default_float_mode(queries.device):
         table = table.settled()
+        unknown = (candidates < -1) | (candidates >= table.items.shape[0])
+        candidates = candidates.masked_fill(unknown, -1)
         dtype = _compute_dtype(queries, table.items)
         queries, exists = _existing(queries.to(dtype), query_mask, reduce)
         shape = (queries.shape[0], candidates.shape[-1])
         if queries.shape[1] == 0 or table.items.shape[0] == 0:
-            return queries.new_full(shape, -torch.inf)
+            return queries.new_full(shape, -torch.inf).masked_fill(unknown, torch.nan)
         scores = reduce_dots(candidate_dots(queries, table, candidates), exists, reduce)
         taken = candidates.clamp(min=0)
         if table.bias is not None:
@@ -280,7 +282,8 @@ def score_candidates(
         there = candidates >= 0
         if table.alive is not None:
             there = there & rows_of_bits(table.alive, taken)
-        return (scores + 0.0).masked_fill(~(there & exists.any(1, keepdim=True)), -torch.inf)
+        scores = (scores + 0.0).masked_fill(~(there & exists.any(1, keepdim=True)), -torch.inf)
+        return scores.masked_fill(unknown, torch.nan)
 
 
 def allowed_rows(

@@ -40,8 +40,9 @@ def _score_candidates_fake(queries, items, *arguments):
 def _setup_context(ctx, inputs, output) -> None:
     queries, items, bias, row_scale, alive = inputs[:5]
     candidates, query_mask, reduce, sparse_grad, backend = inputs[1 + library.TABLE_SIZE :]
-    # What scores -inf whatever rows and bias hold has no gradient.
+    # What scores -inf or NaN whatever rows and bias hold has no gradient.
     ids = candidates.expand(queries.shape[0], -1)
+    ids = ids.where((ids >= 0) & (ids < items.shape[0]), -1)
     if alive is not None and items.shape[0]:
         ids = ids.where(rows_of_bits(alive, ids.clamp(min=0)), -1)
     if query_mask is not None or queries.shape[1] == 0:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...float_mode import default_float_mode
 from ..table_view import ScanOptions, TableView
 
 COUNTS = True  # whether it counts what a scan does
@@ -78,8 +79,8 @@ def card(device: torch.device) -> Any:
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Kernels run on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    """Kernels run on the current device, which need not be the tensors'; the interpreter in the CPU's float mode."""
+    return torch.cuda.device(device) if device.type == "cuda" else default_float_mode(device)
 
 
 def score_topk(

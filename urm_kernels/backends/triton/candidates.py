@@ -104,7 +104,7 @@ def score_candidates(
     rows = table.items.shape[0]
     out = queries.new_empty((users, width))
     if queries.shape[1] == 0 or rows == 0:
-        return out.fill_(-torch.inf)
+        return out.fill_(-torch.inf).masked_fill_((candidates < -1) | (candidates >= rows), torch.nan)
     shared = candidates.dim() == 1
     alive = table.alive
     for part, call in calls_of_users(queries, table, query_mask, reduce, GROUP):
