@@ -34,9 +34,14 @@ $(VENV)/blackwell.stamp: requirements/blackwell.txt $(VENV)/test.stamp
 
 BLACKWELL := URM_TRITON_BLACKWELL=$(CURDIR)/$(VENV)/blackwell
 
-# The GPU's kernels run in Triton's interpreter, which is chosen when they are imported: a process of their own.
+# The GPU's kernels run in Triton's interpreter, which is chosen when they are imported: processes of their own, two side
+# by side, since it uses one processor.
+INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -W ignore -m pytest -p no:warnings
+FUNCTIONS := $(addprefix python_tests/test_,candidates.py partition.py partition_gradients.py)
 test: $(VENV)/build.stamp $(VENV)/blackwell.stamp
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest python_tests/test_triton.py python_tests/test_interpreter.py
+	$(INTERPRETED) -k triton $(FUNCTIONS) > $(VENV)/functions.log 2>&1 & functions=$$!; \
+	$(INTERPRETED) python_tests/test_triton.py python_tests/test_interpreter.py; status=$$?; \
+	wait $$functions || status=$$?; cat $(VENV)/functions.log; exit $$status
 	$(BLACKWELL) $(BIN)/python -m pytest python_tests
 
 kernel-report: $(VENV)/build.stamp $(VENV)/blackwell.stamp

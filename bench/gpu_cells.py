@@ -180,7 +180,7 @@ def half_fused(queries: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
     from urm_kernels.backends.triton import search
 
     users = len(queries)
-    call = search.Call(queries, None, items, None, None, None, False)
+    call = search.Call(queries, None, items, None, None, None, None, False)
     prepared = search.prepare(call, k)
     parts, first = [], 0
     for rows in items.split(max(k, min(len(items), _HELD // (4 * users)))):
@@ -195,7 +195,7 @@ def measure(cell: Cell, copies: list[Tensor], limits: dict[str, float]) -> dict[
     """One cell. copies: the table, as many times as it takes to be larger than the cache."""
     import urm_kernels
     from urm_kernels.backends import triton as backend
-    from urm_kernels.backends.table_view import ScanOptions
+    from urm_kernels.backends.table_view import ScanOptions, TableView
     from urm_kernels.backends.triton import search
 
     items = copies[0]
@@ -212,7 +212,7 @@ def measure(cell: Cell, copies: list[Tensor], limits: dict[str, float]) -> dict[
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before
     check(queries, items, cell.k, *result)
-    found = search.search(queries, items, None, ScanOptions(), cell.k, True, backend.card(items.device))
+    found = search.search(queries, TableView(items), ScanOptions(), cell.k, True, backend.card(items.device))
     ms = milliseconds(ours)
     host = host_milliseconds(ours)
     graphs = []
@@ -241,7 +241,7 @@ def measure(cell: Cell, copies: list[Tensor], limits: dict[str, float]) -> dict[
         "tflop_per_s": round(2 * cell.B * cell.M * items.numel() / replay / 1e9, 1),
         "extra_mib": round(extra / 2**20, 2),
         "extra_share": round(extra / items.nbytes, 5),
-        "unproven_users": int(found.unproven.sum()),
+        "unproven_users": sum(int(users) for users in found.unproven),
         "peers_ms": figures,
     }
 

@@ -19,8 +19,8 @@ import compile_only
 import torch
 import triton
 
-from urm_kernels.backends.table_view import ScanOptions
-from urm_kernels.backends.triton import search
+from urm_kernels.backends.table_view import ScanOptions, TableView
+from urm_kernels.backends.triton import candidates, partition, partition_gradient, search
 from urm_kernels.backends.triton.plan import Card
 
 ARCHITECTURES = (80, 90, 100)
@@ -41,33 +41,45 @@ class Case(NamedTuple):
     filtered: bool = False  # bias, a mask of every user's own, excluded rows
     rows: int = 50_000_000
     k: int = 1000
+    row_scale: bool = False
+    whole: bool = False  # score_candidates, log_partition and gradients as well
 
     @property
     def name(self) -> str:
         extra = f", {self.reduce}" * (self.reduce != "max") + ", bias, mask, exclude" * self.filtered
+        extra += ", scaled" * self.row_scale
         return f"{str(self.dtype)[6:]} r={self.r} ({self.B}, {self.M}){extra}" + f", N={self.rows}" * (
             self.rows < 10**6
         )
 
 
-BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+BFLOAT16, FLOAT16, FLOAT32, FLOAT8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 CASES = [
-    *(Case(BFLOAT16, 128, *shape) for shape in ((1, 1), (1, 8), (1, 128), (8, 16), (64, 1), (1024, 1))),
+    *(Case(BFLOAT16, 128, *shape, whole=True) for shape in ((1, 1), (1, 8), (1, 128), (64, 1), (1024, 1))),
+    Case(BFLOAT16, 128, 8, 16),
     Case(BFLOAT16, 64, 1, 8),
     Case(BFLOAT16, 64, 1024, 1),
-    Case(BFLOAT16, 128, 500, 4),
+    Case(BFLOAT16, 128, 500, 4, whole=True),
     Case(BFLOAT16, 256, 8, 8),
     Case(BFLOAT16, 300, 1, 8),
-    Case(BFLOAT16, 300, 64, 1),
+    Case(BFLOAT16, 300, 64, 1, whole=True),
     Case(FLOAT16, 128, 1, 8),
-    Case(FLOAT16, 128, 64, 1),
-    Case(FLOAT32, 128, 1, 8),
+    Case(FLOAT16, 128, 64, 1, whole=True),
+    Case(FLOAT32, 128, 1, 8, whole=True),
     Case(FLOAT32, 64, 1, 128),
     Case(FLOAT32, 128, 1024, 1),
     Case(BFLOAT16, 128, 1, 8, "logsumexp", True),
-    Case(FLOAT32, 64, 8, 1, "mean", True),
+    Case(FLOAT32, 64, 8, 1, "mean", True, whole=True),
     Case(FLOAT32, 128, 2, 8, rows=5000),
+    *(Case(FLOAT8, 128, *shape, row_scale=True) for shape in ((1, 8), (1, 128), (64, 1), (1024, 1))),
+    Case(FLOAT8, 300, 1, 8, row_scale=True, whole=True),
+    Case(FLOAT16, 128, 2, 8, "logsumexp", True, row_scale=True, whole=True),
 ]
+
+
+def cases(architecture: int) -> list[Case]:
+    """Those that the backend does not decline there."""
+    return [case for case in CASES if case.dtype != FLOAT8 or architecture >= 89]
 
 
 def launches(case: Case, architecture: int) -> list[compile_only.Launch]:
@@ -80,17 +92,27 @@ def launches(case: Case, architecture: int) -> list[compile_only.Launch]:
         bias = torch.empty(case.rows, **meta)
         mask = torch.empty(case.B, case.rows, dtype=torch.bool, **meta)
         exclude = torch.empty(case.B, 50, dtype=torch.int64, **meta)
+    row_scale = torch.empty(case.rows, **meta) if case.row_scale else None
+    table, card = TableView(items, bias, row_scale), Card(_PROCESSORS, architecture)
+    options = ScanOptions(None, case.reduce, mask, exclude)
+    temperature, per_user = torch.empty((), **meta), torch.empty(case.B, **meta)
+    rows = torch.empty(case.B, 100, dtype=torch.int64, **meta)
     with compile_only.recorded(architecture) as found:
-        options = ScanOptions(None, case.reduce, mask, exclude)
-        search.search(queries, items, bias, options, case.k, True, Card(_PROCESSORS, architecture))
-        search.candidate_dots(queries, items, torch.empty(case.B, 100, dtype=torch.int64, **meta))
+        search.search(queries, table, options, case.k, True, card)
+        for chosen in (rows, rows[0]) if case.whole else ():
+            candidates.score_candidates(queries, table, chosen, None, case.reduce)
+            candidates.candidate_dots(queries, table, chosen)
+        if case.whole:
+            partition.log_partition(queries, table, options, temperature, card)
+            weigh = (per_user, per_user, queries, table, options, temperature, slice(0, 1000))
+            partition_gradient.partition_weights(*weigh)
     return found
 
 
 def kernels(architecture: int) -> Iterator[dict[str, Any]]:
     """Each compiled kernel once, with the first case that launches it."""
     seen = set()
-    for case in CASES:
+    for case in cases(architecture):
         for launch in launches(case, architecture):
             if launch.compiled.hash not in seen:
                 seen.add(launch.compiled.hash)
@@ -137,6 +159,8 @@ def _described(launch: compile_only.Launch) -> str:
         swap = ", swapped" if constants["SWAP"] else ""
         size = f"{constants['BLOCK_N']} x {constants['BLOCK_C']} x {constants['BLOCK_R']}"
         return f"scan of the {what}, {size}, {constants['num_warps']} warps{swap}"
+    if "USERS" in constants:
+        return f"{launch.kernel}, {constants['C']} rows x {constants['D']} queries of {constants['USERS']} users"
     return launch.kernel
 
 
@@ -155,7 +179,7 @@ def main() -> None:
         "bytes, a program's. `HMMA`, `HGMMA` and `UTCHMMA` are matrix products on the tensor cores of the three",
         "architectures, `LDGSTS` copies to shared memory that skip the registers, `ATOMG` atomics; counts are of",
         "instructions in the code, not of executions. Tests hold spills at zero",
-        "(`python_tests/test_compiled_kernels.py`). float8 tables are not supported yet; they will need sm_89.",
+        "(`python_tests/test_compiled_kernels.py`). float8 tables need sm_89: sm_80 declines them with the reason.",
     ]
     for architecture in ARCHITECTURES:
         found = report(architecture)

@@ -27,7 +27,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         square = at[:, None] * 16 + at[None, :]
         tl.store(out + square, tl.dot(tl.load(a + square), tl.load(b + square)))
 
-
     @triton.jit
     def widen(x, wide, half):
         at = tl.arange(0, 256)

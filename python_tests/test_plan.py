@@ -60,6 +60,17 @@ def test_tiles_suit_the_tensor_core(users, m_pad, r_pad, itemsize, capability):
     assert not tile.swap or m_pad == 1  # a maximum over queries would be one across threads
 
 
+@pytest.mark.parametrize("most_sums", [256, 512])
+@pytest.mark.parametrize("count", [1, 3, 8, 16, 200])
+@pytest.mark.parametrize("users", [1, 2, 7, 1024])
+def test_blocks_of_canonical_dots(users, count, most_sums):
+    tile = plan.canonical_tile(users, count, most_sums)
+    assert all(size & (size - 1) == 0 for size in tile) and tile.rows >= 16
+    of_user = tile.columns // tile.users
+    assert tile.columns <= 16 and of_user <= plan.padded(count) and tile.users <= plan.padded(users)
+    assert tile.rows * tile.columns <= 512 and tile.rows * tile.users <= most_sums
+
+
 def test_padding():
     assert [plan.padded(n) for n in (0, 1, 2, 3, 128, 129)] == [1, 1, 2, 4, 128, 256]
     assert plan.padded(3, 16) == 16

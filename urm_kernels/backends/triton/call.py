@@ -13,6 +13,8 @@ from . import queries as query_kernels
 from .plan import padded
 
 EXACT = {"enable_fp_fusion": False}  # of every kernel that computes canonical scores
+FUSED = {"enable_fp_fusion": True}  # of every other one; Triton's own default changes between versions
+MOST_REGISTERS = {"maxnreg": 248}  # said aloud, or the assembler spills for the sake of an occupancy that is no use
 
 
 class Call(NamedTuple):

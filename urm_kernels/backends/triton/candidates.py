@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..table_view import TableView
-from .call import EXACT, calls_of_users
+from .call import EXACT, MOST_REGISTERS, calls_of_users
 from .canonical import allowed_rows, any_query, block_of, canonical_dots, reduced_dots, with_bias
 from .plan import GROUP, canonical_tile
 
@@ -116,7 +116,7 @@ def score_candidates(
             score_rows[grid](
                 out[part], own, 0 if shared else own.stride(0), own.stride(-1), width, rows,
                 alive, 0 if alive is None else alive.stride(0), *call.scored, len(out[part]), count, r,
-                C=tile.rows, D=tile.columns, USERS=tile.users, LOG_SUM_EXP=call.log_sum_exp, **EXACT,
+                C=tile.rows, D=tile.columns, USERS=tile.users, LOG_SUM_EXP=call.log_sum_exp, **EXACT, **MOST_REGISTERS,
             )  # fmt: skip
     return out
 
@@ -137,6 +137,7 @@ def candidate_dots(queries: Tensor, table: TableView, candidates: Tensor) -> Ten
         part = slice(first, first + GROUP)
         dot_rows[(-(-width // tile.rows), len(flat[part]))](
             flat[part], candidates[part], width, given[part], table.items, *table.items.stride(),
-            scale, 0 if scale is None else scale.stride(0), count, r, C=tile.rows, D=tile.columns, **EXACT,
+            scale, 0 if scale is None else scale.stride(0), count, r, C=tile.rows, D=tile.columns,
+            **EXACT, **MOST_REGISTERS,
         )  # fmt: skip
     return out

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..table_view import ScanOptions, TableView
-from .call import EXACT, calls
+from .call import EXACT, MOST_REGISTERS, calls
 from .canonical import (
     allowed_rows,
     any_query,
@@ -173,7 +173,7 @@ def log_partition(queries: Tensor, table: TableView, options: ScanOptions, tempe
     depth = -(-(24 + (rows - 1).bit_length()) // 8)
     for part, call in calls(queries, table, options, GROUP):
         users, count, r = call.queries.shape
-        tile = canonical_tile(users, count)
+        tile = canonical_tile(users, count, most_sums=256)
         blocks = -(-users // tile.users)
         programs = max(_LEAST_PROGRAMS, -(-4 * card.processors // blocks))
         programs = min(programs, -(-rows // tile.rows))
@@ -182,7 +182,8 @@ def log_partition(queries: Tensor, table: TableView, options: ScanOptions, tempe
         largest = queries.new_empty((programs, users))
         add_exponentials[(programs, blocks)](
             tops, sums, largest, depth, temperature, rows, users, *call.scored, *call.masked, *call.excluded, count, r,
-            C=tile.rows, D=tile.columns, USERS=tile.users, LOG_SUM_EXP=call.log_sum_exp, MASK_BITS=call.bits, **EXACT,
+            C=tile.rows, D=tile.columns, USERS=tile.users, LOG_SUM_EXP=call.log_sum_exp, MASK_BITS=call.bits,
+            **EXACT, **MOST_REGISTERS,
         )  # fmt: skip
         logarithms_of_sums[(users,)](
             out[part], tops, sums, largest, depth, programs, users, SHARES=padded(programs), **EXACT

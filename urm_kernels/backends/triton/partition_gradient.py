@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..table_view import ScanOptions, TableView
-from .call import EXACT, calls
+from .call import EXACT, MOST_REGISTERS, calls
 from .canonical import (
     allowed_rows,
     best_dots,
@@ -126,6 +126,7 @@ def partition_weights(
         weigh_rows[(-(-n // tile.rows), -(-len(call.queries) // tile.users))](
             weights[group], shares[group], scores[group], grad[group], logarithms[group], temperature, part.start, n,
             len(call.queries), *call.scored, *call.masked, *call.excluded, count, r,
-            C=tile.rows, D=tile.columns, USERS=tile.users, LOG_SUM_EXP=call.log_sum_exp, MASK_BITS=call.bits, **EXACT,
+            C=tile.rows, D=tile.columns, USERS=tile.users, LOG_SUM_EXP=call.log_sum_exp, MASK_BITS=call.bits,
+            **EXACT, **MOST_REGISTERS,
         )  # fmt: skip
     return weights, shares, scores

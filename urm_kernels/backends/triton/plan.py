@@ -116,14 +116,15 @@ class CanonicalTile(NamedTuple):
     users: int
 
 
-def canonical_tile(users: int, count: int) -> CanonicalTile:
-    """Of `users` users of `count` queries that meet the same rows.
+def canonical_tile(users: int, count: int, most_sums: int = 512) -> CanonicalTile:
+    """Of `users` users of `count` queries that meet the same rows; most_sums: of what is kept of every score.
 
-    512 dots, 64 running sums a thread, are as many as leave room for four programs a multiprocessor.
+    512 dots, 64 running sums a thread, are as many as leave room for three or four programs a multiprocessor.
     """
     of_user = min(padded(count), 16)
     columns = of_user * min(padded(users), 16 // of_user)
-    return CanonicalTile(min(512 // columns, 128), columns, columns // of_user)
+    rows = min(512 // columns, 128, most_sums * of_user // columns)
+    return CanonicalTile(rows, columns, columns // of_user)
 
 
 def relative_error(dtype: torch.dtype, r: int) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..table_view import ScanOptions, TableView
 from . import queries as query_kernels
 from . import radix, rescore
-from .call import Call, calls
+from .call import FUSED, MOST_REGISTERS, Call, calls
 from .plan import Card, Plan, Tile, choose_tile, make_plan, padded, relative_error
 from .scan import scan as scan_kernel
 
@@ -18,7 +18,6 @@ from .scan import scan as scan_kernel
 _PRODUCTS = {dtype: dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 _PRODUCTS[torch.float8_e4m3fn] = torch.bfloat16
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_MOST_REGISTERS = 248  # said aloud, or the assembler spills for the sake of an occupancy that is no use here
 
 
 class Found(NamedTuple):
@@ -117,6 +116,7 @@ def prepare(call: Call, k: int) -> _Prepared:
         R=r_pad,
         D=min(16, m_pad),
         KIND=_KINDS[prepared.rounded.dtype],
+        **FUSED,
     )
     return prepared
 
@@ -160,7 +160,7 @@ def _surviving_keys(call: Call, k: int, plan: Plan, card: Card) -> _Keys:
     radix.select_unproven[(programs,)](
         counts, plan.capacity, limits.thresholds, proofs, prepared.wanted, users, unproven, histograms, arrivals,
         collected, keys, rows, -(-rows // tile["C"]), *call.scored, *call.masked, *call.excluded, count, r,
-        MASK_BITS=call.bits, BLOCK=min(1024, padded(users)), maxnreg=_MOST_REGISTERS, **tile, **together,
+        MASK_BITS=call.bits, BLOCK=min(1024, padded(users)), **MOST_REGISTERS, **tile, **together,
     )  # fmt: skip
     return _Keys(keys, counts, unproven)
 
@@ -193,7 +193,7 @@ def guess(call: Call, prepared: _Prepared, plan: Plan, card: Card) -> _Limits:
     query_kernels.set_limits[(-(-users // 128),)](
         best, best.stride(0), plan.rank, prepared.inverse_scale, prepared.length_slack, prepared.fixed_slack,
         prepared.wanted, _excess(call)[1], *limits, users,
-        SCALED=call.log_sum_exp or call.bias is not None or scaled, ROW_SCALE=scaled, BLOCK=128,
+        SCALED=call.log_sum_exp or call.bias is not None or scaled, ROW_SCALE=scaled, BLOCK=128, **FUSED,
     )  # fmt: skip
     return limits
 
@@ -279,5 +279,6 @@ def _launch_scan(
         TENSOR_SQUARES=prepared.rounded.dtype == torch.bfloat16 and card.adds_squares,
         STAGES=tile.stages,
         num_warps=tile.warps,
-        maxnreg=_MOST_REGISTERS if tile.block_r < r_pad else None,
+        **(MOST_REGISTERS if tile.block_r < r_pad or card.capability >= 100 else {}),
+        **FUSED,
     )
