@@ -1,6 +1,6 @@
 """One command on a machine with a GPU: the tests, latency cells, ceilings and memory checks, into one JSON and a table.
 
-    python3 bench/gpu_acceptance.py [--minutes 20] [--only latency,tests,sanitizer] [--cells PATTERN] [--full]
+    python3 bench/gpu_acceptance.py [--minutes 20] [--only latency,functions,tests,sanitizer] [--cells PATTERN] [--full]
                                     [--resume]
 
 Needs python3 with torch, triton, pytest and hypothesis (pytest-xdist is used where it is there), and no network. Every
@@ -51,14 +51,19 @@ def step_device() -> dict[str, Any]:
     }
 
 
-def step_latency(names: list[str]) -> None:
+def step_cells(names: list[str]) -> None:
     """Cells of one table; prints a line of JSON for each as soon as it is measured."""
     import gpu_cells
+    import gpu_functions
 
-    known = {cell.name: cell for cell in gpu_cells.all_cells() + gpu_cells.named_cells()}
-    cells = [known[name] for name in names]
-    for cell, figures in gpu_cells.run_table(cells[0].N, cells[0].r, cells):
-        print(json.dumps({"cell": cell.name, **cell._asdict(), **figures}), flush=True)
+    for module, known in (
+        (gpu_cells, gpu_cells.all_cells() + gpu_cells.named_cells()),
+        (gpu_functions, gpu_functions.named_cells()),
+    ):
+        by_name = {cell.name: cell for cell in known}
+        cells = [by_name[name] for name in names if name in by_name]
+        for cell, figures in module.run_table(cells) if cells else ():
+            print(json.dumps({"cell": cell.name, **cell._asdict(), **figures}), flush=True)
 
 
 def _run(command: list[str], limit: float, environment: dict[str, str]) -> dict[str, Any]:
@@ -98,9 +103,9 @@ def _device(limit: float, environment: dict[str, str]) -> dict[str, Any]:
     return done | _lines(done)[-1] if done["status"] == "ok" else done
 
 
-def _latency(cells: list[Any], limit: float, environment: dict[str, str]) -> list[dict[str, Any]]:
-    """What was measured, and for the rest of the cells why not."""
-    done = _step("latency:" + json.dumps([cell.name for cell in cells]), limit, environment)
+def _measured(cells: list[Any], limit: float, environment: dict[str, str]) -> list[dict[str, Any]]:
+    """What was measured of one table, and for the rest of the cells why not."""
+    done = _step("cells:" + json.dumps([cell.name for cell in cells]), limit, environment)
     measured = {line["cell"]: line for line in _lines(done) if "cell" in line}
     missing = {"status": "not measured: " + (_last_line(done) if done["status"] == "ok" else done["status"])}
     if done["status"].startswith("failed"):
@@ -163,21 +168,31 @@ def _table(report: dict[str, Any]) -> list[str]:
         if done["status"] != "ok":
             lines.append(f"{done['cell']:38}  {done['status']}")
             continue
-        peers = done["peers_ms"]
+        peers = dict(done["peers_ms"])
         figures = (done["ms"], done["graph_ms"], done["floor_ms"], done["of_floor"], 100 * done["extra_share"])
+        columns = (*figures, peers.pop("torch"), peers.pop("half_fused"))
+        more = "".join(f"  {name} {figure}" for name, figure in peers.items())
         lines.append(
-            f"{done['cell']:38}"
-            + "".join(f"{figure:>11.3f}" for figure in (*figures, peers["torch"], peers["half_fused"]))
-            + f"{done['unproven_users']:>11}"
-            + (f"  compiled {peers['torch_compiled']:.3f}" if "torch_compiled" in peers else "")
+            f"{done['cell']:38}{''.join(f'{figure:>11.3f}' for figure in columns)}{done['unproven_users']:>11}{more}"
         )
+    if report.get("functions"):
+        heads = ("ms", "graph", "floor", "of floor", "extra MiB", "torch")
+        lines.append(f"{'cell':54}" + "".join(f"{head:>11}" for head in heads))
+    for done in report.get("functions", []):
+        if done["status"] != "ok":
+            lines.append(f"{done['cell']:54}  {done['status']}")
+            continue
+        figures = (done["ms"], done["graph_ms"], done["floor_ms"], done["of_floor"], done["extra_mib"])
+        told = ("-" if figure is None else f"{figure:.3f}" for figure in (*figures, done["peers_ms"]["torch"]))
+        lines.append(f"{done['cell']:54}" + "".join(f"{figure:>11}" for figure in told))
+    lines += [f"not measured: {name}: {reason}" for name, reason in report.get("missing_peers", {}).items()]
     return lines
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20, help="for everything; each step gets a share")
-    parser.add_argument("--only", default="latency,tests,sanitizer", help="steps to run, comma-separated")
+    parser.add_argument("--only", default="latency,functions,tests,sanitizer", help="steps to run, comma-separated")
     parser.add_argument("--full", action="store_true", help="the product of all sizes instead of the named cells")
     parser.add_argument("--resume", action="store_true", help="keep what the JSON has of this card")
     parser.add_argument("--cells", default="", help="only cells whose name holds this regular expression")
@@ -191,7 +206,7 @@ def main() -> int:
         print(json.dumps(step_device()))
         return 0
     if arguments.step:
-        step_latency(json.loads(arguments.step.partition(":")[2]))
+        step_cells(json.loads(arguments.step.partition(":")[2]))
         return 0
 
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
@@ -213,8 +228,9 @@ def main() -> int:
         report = json.loads(_path(device).read_text()) | report
     wanted = arguments.only.split(",")
     # Short figures first: the tests take what is left.
-    if "latency" in wanted:
-        _measure_cells(report, arguments.full, arguments.cells, left, environment)
+    for step in ("latency", "functions"):
+        if step in wanted:
+            _measure_cells(step, report, arguments.full, arguments.cells, left, environment)
     if "tests" in wanted:
         report["tests"] = _tests(left(60 * arguments.minutes), environment)
         _write(report)
@@ -223,21 +239,30 @@ def main() -> int:
         _write(report)
     print("\n".join(_table(report)))
     steps = [report[step] for step in ("tests", "sanitizer") if step in report] + report.get("latency", [])
+    steps += report.get("functions", [])
     return 0 if all(map(_fine, steps)) else 1
 
 
-def _measure_cells(report: dict[str, Any], full: bool, pattern: str, left: Any, environment: dict[str, str]) -> None:
+def _measure_cells(
+    step: str, report: dict[str, Any], full: bool, pattern: str, left: Any, environment: dict[str, str]
+) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     import gpu_cells
+    import gpu_functions
+    import gpu_peers
 
-    cells = gpu_cells.all_cells() if full else gpu_cells.named_cells()
+    if step == "functions":
+        cells: list[Any] = gpu_functions.named_cells()
+    else:
+        cells = gpu_cells.all_cells() if full else gpu_cells.named_cells()
+        report["missing_peers"] = gpu_peers.installed()[1]
     cells = [cell for cell in cells if re.search(pattern, cell.name)]
-    kept = {line["cell"]: line for line in report.get("latency", []) if line["status"] == "ok"}
-    for table in gpu_cells.tables(cells):
-        of_table = [cell for cell in cells if (cell.N, cell.r) == table and cell.name not in kept]
+    kept = {line["cell"]: line for line in report.get(step, []) if line["status"] == "ok"}
+    for table in dict.fromkeys(cell.table for cell in cells):
+        of_table = [cell for cell in cells if cell.table == table and cell.name not in kept]
         if of_table:
-            kept |= {line["cell"]: line for line in _latency(of_table, left(30 + 10 * len(of_table)), environment)}
-        report["latency"] = list(kept.values())
+            kept |= {line["cell"]: line for line in _measured(of_table, left(30 + 10 * len(of_table)), environment)}
+        report[step] = list(kept.values())
         _write(report)
 
 

@@ -11,9 +11,10 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import gpu_peers
 import torch
 from torch import Tensor
 
@@ -25,7 +26,8 @@ _PRODUCT = 8192  # rows and columns of the products that measure the card
 
 
 class Cell(NamedTuple):
-    """bfloat16 items of kind decay, reduce max. compiled: torch.compile of the torch line is a peer, too."""
+    """Items of kind decay, reduce max. compiled: torch.compile of the torch line is a peer, too. float8: with a scale a
+    row; else bfloat16."""
 
     N: int
     r: int
@@ -33,10 +35,50 @@ class Cell(NamedTuple):
     M: int
     k: int
     compiled: bool = False
+    float8: bool = False
 
     @property
     def name(self) -> str:
-        return f"N={self.N:.0e} r={self.r} B={self.B} M={self.M} k={self.k}".replace("e+0", "e")
+        sizes = f"N={self.N:.0e} r={self.r} B={self.B} M={self.M} k={self.k}".replace("e+0", "e")
+        return "float8 " * self.float8 + sizes
+
+    @property
+    def table(self) -> tuple[int, int, bool]:
+        return self.N, self.r, self.float8
+
+
+class Table(NamedTuple):
+    """items [N, r]; scale [N] of the rows, or None."""
+
+    items: Tensor
+    scale: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self if part is not None)
+
+    def served(self) -> Any:
+        """As a caller passes it."""
+        import urm_kernels
+
+        return self.items if self.scale is None else urm_kernels.ItemTable(self.items, row_scale=self.scale)
+
+    def split(self, rows: int) -> Iterator[Table]:
+        for first in range(0, len(self.items), rows):
+            part = slice(first, first + rows)
+            yield Table(self.items[part], None if self.scale is None else self.scale[part])
+
+    def of(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Chosen rows, times their scales."""
+        if self.scale is None:
+            return self.items[rows].to(dtype)
+        as_bytes = self.items.view(torch.uint8)[rows]  # torch indexes no float8
+        return as_bytes.view(self.items.dtype).to(dtype) * self.scale[rows].to(dtype)[:, None]
+
+    def wide(self, dtype: torch.dtype) -> Tensor:
+        """All rows, times their scales."""
+        wide = self.items.to(dtype)
+        return wide if self.scale is None else wide * self.scale.to(dtype)[:, None]
 
 
 def named_cells() -> list[Cell]:
@@ -46,6 +88,7 @@ def named_cells() -> list[Cell]:
     cells += [Cell(big, 64, *shape, 1000) for shape in SHAPES]
     cells += [Cell(middle, 128, *shape, 1000, shape in ((1, 8), (64, 1))) for shape in SHAPES]
     cells += [Cell(small, 128, *shape, k) for shape in SHAPES for k in (10, 1000)]
+    cells += [Cell(big, 128, *shape, 1000, float8=True) for shape in ((1, 8), (1, 128), (64, 1))]
     return cells
 
 
@@ -54,9 +97,9 @@ def all_cells() -> list[Cell]:
     return [Cell(N, r, *shape, k) for N, r, shape, k in itertools.product(ALL_ROWS, ALL_R, SHAPES, ALL_K)]
 
 
-def tables(cells: list[Cell]) -> list[tuple[int, int]]:
-    """(N, r) in the order of the cells, each once."""
-    return list(dict.fromkeys((cell.N, cell.r) for cell in cells))
+def tables(cells: list[Cell]) -> list[tuple[int, int, bool]]:
+    """(N, r, float8) in the order of the cells, each once."""
+    return list(dict.fromkeys(cell.table for cell in cells))
 
 
 def decay(rows: int, r: int, seed: int, spread: float, dtype: torch.dtype, device: str) -> Tensor:
@@ -70,7 +113,17 @@ def decay(rows: int, r: int, seed: int, spread: float, dtype: torch.dtype, devic
     return out
 
 
-def check(queries: Tensor, items: Tensor, k: int, scores: Tensor, ids: Tensor) -> None:
+def in_float8(items: Tensor) -> Table:
+    """Each row's largest element becomes 448, the largest of float8 e4m3."""
+    table = Table(torch.empty(items.shape, dtype=torch.float8_e4m3fn, device=items.device), items.new_empty(len(items)))
+    assert table.scale is not None
+    for rows, part in zip(items.split(1 << 21), table.split(1 << 21), strict=True):
+        part.scale.copy_(rows.abs().amax(1) / 448)
+        part.items.copy_(rows.float() / part.scale.float()[:, None])
+    return table
+
+
+def check(queries: Tensor, table: Table, k: int, scores: Tensor, ids: Tensor) -> None:
     """Raises AssertionError unless ids are the k best rows by float64, up to rounding, best first, each once.
 
     Rows are scored in parts; a user's result is right when it holds every row that is better than its last score by
@@ -79,19 +132,19 @@ def check(queries: Tensor, items: Tensor, k: int, scores: Tensor, ids: Tensor) -
     users, count, r = queries.shape
     wide = queries.double()
     lengths = wide.norm(dim=2).amax(1)
-    longest = max(float(part.double().norm(dim=1).amax()) for part in items.split(1 << 20))
+    longest = max(float(part.wide(torch.float64).norm(dim=1).amax()) for part in table.split(1 << 20))
     tolerance = (lengths * longest * (r / 16 + 4) * 2**-24)[:, None]
     assert scores.shape == ids.shape == (users, k)
-    assert (ids >= 0).all() and (ids < len(items)).all(), "rows that do not exist"
+    assert (ids >= 0).all() and (ids < len(table.items)).all(), "rows that do not exist"
     assert (ids.sort(1).values.diff(dim=1) != 0).all(), "a row returned twice"
     assert (scores.diff(dim=1) <= 0).all(), "scores do not descend"
     last = scores[:, -1:].double()
-    better = torch.zeros(users, dtype=torch.int64, device=items.device)
+    better = torch.zeros(users, dtype=torch.int64, device=ids.device)
     step = max(1, (1 << 26) // max(users * count, r))
-    for part in items.split(step):
-        exact = (wide.view(-1, r) @ part.double().T).view(users, count, -1).amax(1)
+    for part in table.split(step):
+        exact = (wide.view(-1, r) @ part.wide(torch.float64).T).view(users, count, -1).amax(1)
         better += (exact > last + 2 * tolerance).sum(1)
-    own = torch.cat([(wide[b] @ items[ids[b]].double().T).amax(0)[None] for b in range(users)])
+    own = torch.stack([(wide[b] @ table.of(ids[b], torch.float64).T).amax(0) for b in range(users)])
     wrong = (own - scores).abs() > tolerance
     assert not wrong.any(), f"{int(wrong.sum())} scores are not their rows'"
     missing = better - (own > last + 2 * tolerance).sum(1)
@@ -126,16 +179,17 @@ def host_milliseconds(call: Callable[[int], Any]) -> float:
 
 
 def ceilings() -> dict[str, float]:
-    """GB/s of a copy, read and written; TFLOP/s (TOP/s) of torch's bfloat16 and int8 products."""
+    """GB/s of a copy, read and written; TFLOP/s (TOP/s) of torch's bfloat16, int8 and float32 products."""
     source = torch.randint(1 << 30, (1 << 28,), dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
     out = {"copy_gb_per_s": 2 * source.nbytes / milliseconds(lambda _: target.copy_(source)) / 1e6}
     a = torch.randn(_PRODUCT, _PRODUCT, device="cuda")
     for name, operand, product in (
         ("bf16_tflop_per_s", a.bfloat16(), torch.mm),
+        ("fp32_tflop_per_s", a[: _PRODUCT // 4, : _PRODUCT // 4].contiguous(), torch.mm),
         ("int8_top_per_s", (a * 40).clamp(-127, 127).to(torch.int8), lambda x, y: torch._int_mm(x, y.T)),
     ):
-        out[name] = 2 * _PRODUCT**3 / milliseconds(lambda _, p=product, x=operand: p(x, x)) / 1e9
+        out[name] = 2 * len(operand) ** 3 / milliseconds(lambda _, p=product, x=operand: p(x, x)) / 1e9
     return {name: round(value, 1) for name, value in out.items()}
 
 
@@ -147,13 +201,14 @@ def _merged(parts: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]
     return best.values, ids.gather(1, best.indices)
 
 
-def by_torch(queries: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def by_torch(queries: Tensor, table: Table, k: int) -> tuple[Tensor, Tensor]:
     """The torch line in bfloat16, in parts of rows that fit: not exact, and what people write."""
     users, count, r = queries.shape
-    flat = queries.view(-1, r).to(items.dtype)
-    step = max(k, min(len(items), _HELD // (2 * len(flat))))
+    flat = queries.view(-1, r).bfloat16()
+    step = max(k, min(len(table.items), _HELD // (2 * len(flat))))
     parts, first = [], 0
-    for rows in items.split(step):
+    for part in table.split(step):
+        rows = part.wide(torch.bfloat16)
         best = (flat @ rows.T).view(users, count, -1).amax(1).topk(min(k, len(rows)), dim=1)
         parts.append((best.values, best.indices + first))
         first += len(rows)
@@ -168,41 +223,58 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(line, dynamic=False)
 
 
-def by_compiled_torch(queries: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def by_compiled_torch(queries: Tensor, table: Table, k: int) -> tuple[Tensor, Tensor]:
     users, count, r = queries.shape
-    return _compiled()(queries.view(-1, r).to(items.dtype), items, users, count, k)
+    return _compiled()(queries.view(-1, r).to(table.items.dtype), table.items, users, count, k)
 
 
-def half_fused(queries: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def half_fused(queries: Tensor, table: Table, k: int) -> tuple[Tensor, Tensor]:
     """Maximum over a user's queries in the product's epilogue, scores written, then topk: our scan kernel with every
     row in a group of its own, so that the difference is what a threshold is worth."""
     from urm_kernels.backends import triton as backend
     from urm_kernels.backends.triton import search
+    from urm_kernels.backends.triton.call import Call
 
     users = len(queries)
-    call = search.Call(queries, None, items, None, None, None, None, False)
+    call = Call(queries, None, *table, None, None, None, False)
     prepared = search.prepare(call, k)
     parts, first = [], 0
-    for rows in items.split(max(k, min(len(items), _HELD // (4 * users)))):
-        scores = search.sample_maxima(call._replace(items=rows), prepared, len(rows), 1, 1, backend.card(items.device))
-        best = scores.topk(min(k, len(rows)), dim=1)
+    for part in table.split(max(k, min(len(table.items), _HELD // (4 * users)))):
+        own = call._replace(items=part.items, row_scale=part.scale)
+        rows = len(part.items)
+        scores = search.sample_maxima(own, prepared, rows, 1, 1, backend.card(queries.device))
+        best = scores.topk(min(k, rows), dim=1)
         parts.append((best.values, best.indices + first))
-        first += len(rows)
+        first += rows
     return _merged(parts, k)
 
 
-def measure(cell: Cell, copies: list[Tensor], limits: dict[str, float]) -> dict[str, Any]:
+def other_libraries(queries: Tensor, table: Table, k: int) -> dict[str, float | str]:
+    """Milliseconds of those that are installed, or why one could not do it."""
+    modules, found = gpu_peers.installed()[0], {}
+    rows = table.wide(torch.float16)
+    for name, module in modules.items():
+        try:
+            search = gpu_peers.PEERS[name].prepare(module, rows)
+            found[name] = round(milliseconds(lambda _, s=search: gpu_peers.merged(s, queries, k)), 4)
+        except Exception as error:  # whatever a foreign library raises is its result
+            found[name] = f"failed: {type(error).__name__}: {str(error)[:200]}"
+    return found
+
+
+def measure(cell: Cell, copies: list[Table], limits: dict[str, float]) -> dict[str, Any]:
     """One cell. copies: the table, as many times as it takes to be larger than the cache."""
     import urm_kernels
     from urm_kernels.backends import triton as backend
     from urm_kernels.backends.table_view import ScanOptions, TableView
     from urm_kernels.backends.triton import search
 
-    items = copies[0]
+    table = copies[0]
+    given = [copy.served() for copy in copies]
     queries = decay(cell.B * cell.M, cell.r, 1, 0.0, torch.float32, "cuda").view(cell.B, cell.M, cell.r)
 
     def ours(turn: int) -> Any:
-        return urm_kernels.score_topk(queries, copies[turn % len(copies)], cell.k, backend="triton")
+        return urm_kernels.score_topk(queries, given[turn % len(given)], cell.k, backend="triton")
 
     ours(0)
     torch.cuda.synchronize()
@@ -211,46 +283,54 @@ def measure(cell: Cell, copies: list[Tensor], limits: dict[str, float]) -> dict[
     result = ours(0)
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before
-    check(queries, items, cell.k, *result)
-    found = search.search(queries, TableView(items), ScanOptions(), cell.k, True, backend.card(items.device))
+    check(queries, table, cell.k, *result)
+    view, card = TableView(table.items, None, table.scale), backend.card(queries.device)
+    found = search.search(queries, view, ScanOptions(), cell.k, True, card)
     ms = milliseconds(ours)
     host = host_milliseconds(ours)
     graphs = []
-    for table in copies:
+    for each in range(len(copies)):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            urm_kernels.score_topk(queries, table, cell.k, backend="triton")
+            ours(each)
         graphs.append(graph)
     replay = milliseconds(lambda turn: graphs[turn % len(graphs)].replay())
-    read = 1e3 * items.nbytes / limits["copy_gb_per_s"] / 1e9
-    product = 1e3 * 2 * cell.B * cell.M * items.numel() / limits["bf16_tflop_per_s"] / 1e12
+    read = 1e3 * table.nbytes / limits["copy_gb_per_s"] / 1e9
+    product = 1e3 * 2 * cell.B * cell.M * table.items.numel() / limits["bf16_tflop_per_s"] / 1e12
     peers = {"torch": by_torch, "half_fused": half_fused}
     if cell.compiled:
         peers["torch_compiled"] = by_compiled_torch
-    figures = {
+    figures: dict[str, float | str] = {
         name: round(milliseconds(lambda turn, p=peer: p(queries, copies[turn % len(copies)], cell.k)), 4)
         for name, peer in peers.items()
     }
+    if ALL_ROWS[1] == cell.N:
+        figures |= other_libraries(queries, table, cell.k)
     return {
         "ms": round(ms, 4),
         "graph_ms": round(replay, 4),
         "host_ms": round(host, 4),
         "floor_ms": round(max(read, product), 4),
         "of_floor": round(max(read, product) / replay, 3),
-        "gb_per_s": round(items.nbytes / replay / 1e6, 1),
-        "tflop_per_s": round(2 * cell.B * cell.M * items.numel() / replay / 1e9, 1),
+        "gb_per_s": round(table.nbytes / replay / 1e6, 1),
+        "tflop_per_s": round(2 * cell.B * cell.M * table.items.numel() / replay / 1e9, 1),
         "extra_mib": round(extra / 2**20, 2),
-        "extra_share": round(extra / items.nbytes, 5),
+        "extra_share": round(extra / table.nbytes, 5),
         "unproven_users": sum(int(users) for users in found.unproven),
         "peers_ms": figures,
     }
 
 
-def run_table(N: int, r: int, cells: list[Cell]) -> Any:
+def run_table(cells: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Measures the cells of one table, one after the other; yields (cell, figures or the error in words)."""
     limits = ceilings()
+    N, r, float8 = cells[0].table
     items = decay(N, r, 0, 0.4, torch.bfloat16, "cuda")
-    copies = [items] + [items.clone() for _ in range(_CACHE // items.nbytes)]
+    table = in_float8(items) if float8 else Table(items)
+    del items
+    copies = [table]
+    for _ in range(_CACHE // table.nbytes):
+        copies.append(Table(*(None if part is None else part.clone() for part in table)))
     for cell in cells:
         try:
             figures = {"status": "ok", **measure(cell, copies, limits)}

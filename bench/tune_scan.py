@@ -23,6 +23,7 @@ import torch
 
 from urm_kernels.backends import triton as backend
 from urm_kernels.backends.triton import search
+from urm_kernels.backends.triton.call import Call
 from urm_kernels.backends.triton.plan import Tile, make_plan, padded
 
 R, K = 128, 1000
@@ -72,7 +73,7 @@ class Bench:
             part.copy_(torch.randn(part.shape, device="cuda", generator=generator) * shape)
         queries = torch.randn(users, count, R, device="cuda", generator=generator) * shape
         self.card = backend.card(torch.device("cuda", 0))
-        self.call = search.Call(queries, None, self.items, None, None, None, None, False)
+        self.call = Call(queries, None, self.items, None, None, None, None, False)
         self.plan = make_plan(users, rows, K)
         self.prepared = search.prepare(self.call, K)
         self.out = torch.empty(users, self.plan.capacity, dtype=torch.int64, device="cuda")

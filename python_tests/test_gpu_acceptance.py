@@ -14,6 +14,8 @@ from urm_kernels import score_topk
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import gpu_cells
+import gpu_functions
+import gpu_peers
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "gpu_acceptance.py"
 CARD = {"status": "ok", "seconds": 1.0, "name": "Sham 100", "capability": "9.0", "memory_gib": 80.0, "torch": "2"}
@@ -45,7 +47,7 @@ def report(tmp_path):
 
 def measured(cells, limit, environment):
     """What the latency step would bring back."""
-    return [{"cell": cell.name, **cell._asdict(), **FIGURES} for cell in cells]
+    return [{"cell": cell.name, **cell._asdict(), **FIGURES, "extra_mib": 1.0} for cell in cells]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -75,7 +77,7 @@ def sham(acceptance, monkeypatch):
         return measured(cells, limit, environment)
 
     monkeypatch.setattr(acceptance, "_device", lambda *arguments: dict(CARD))
-    monkeypatch.setattr(acceptance, "_latency", latency)
+    monkeypatch.setattr(acceptance, "_measured", latency)
     good = {"status": "ok", "seconds": 60.0, "output": "", "counts": {"passed": 700}}
     monkeypatch.setattr(acceptance, "_tests", lambda *arguments: dict(good))
     monkeypatch.setattr(acceptance, "_sanitizer", lambda *arguments: {**good, "errors": 0})
@@ -87,11 +89,14 @@ def test_everything_is_run_written_and_shown(acceptance, sham, tmp_path, capsys)
     written = report(tmp_path)
     names = [cell.name for cell in gpu_cells.named_cells()]
     assert [line["cell"] for line in written["latency"]] == names and 36 <= len(names) <= 48
-    assert len(sham["limits"]) == len(gpu_cells.tables(gpu_cells.named_cells()))
+    functions = [cell.name for cell in gpu_functions.named_cells()]
+    assert [line["cell"] for line in written["functions"]] == functions
+    assert len(sham["limits"]) == len(gpu_cells.tables(gpu_cells.named_cells())) + 3
+    assert set(written["missing_peers"]) == {"faiss", "cuvs", "flashlib", "litetopk"}
     assert all(5 <= limit <= 20 * 60 for limit in sham["limits"])
     assert written["tests"]["counts"] == {"passed": 700} and written["sanitizer"]["errors"] == 0
     out = capsys.readouterr().out
-    assert out.startswith("Sham 100") and all(name in out for name in names)
+    assert out.startswith("Sham 100") and all(name in out for name in names + functions)
 
 
 def test_steps_that_fail_cost_their_own_figures_only(acceptance, sham, monkeypatch, tmp_path, capsys):
@@ -101,7 +106,7 @@ def test_steps_that_fail_cost_their_own_figures_only(acceptance, sham, monkeypat
             {**line, "status": "failed: AssertionError: wrong"} if "k=4096" in line["cell"] else line for line in lines
         ]
 
-    monkeypatch.setattr(acceptance, "_latency", latency)
+    monkeypatch.setattr(acceptance, "_measured", latency)
     monkeypatch.setattr(acceptance, "_tests", lambda *arguments: failed("2 failed, 5 passed"))
     assert acceptance.main() == 1
     lines = report(tmp_path)["latency"]
@@ -121,17 +126,17 @@ def test_what_was_measured_is_written_before_the_next_step_runs_and_is_kept_on_r
     first, second, *_ = gpu_cells.tables(gpu_cells.named_cells())
 
     def latency(cells, limit, environment):
-        if (cells[0].N, cells[0].r) == second:
+        if cells[0].table == second:
             raise KeyboardInterrupt
         return measured(cells, limit, environment)
 
-    monkeypatch.setattr(acceptance, "_latency", latency)
+    monkeypatch.setattr(acceptance, "_measured", latency)
     with pytest.raises(KeyboardInterrupt):
         acceptance.main()
     kept = report(tmp_path)["latency"]
-    assert kept and all((line["N"], line["r"]) == first for line in kept)
+    assert kept and all((line["N"], line["r"], line["float8"]) == first for line in kept)
     asked = []
-    monkeypatch.setattr(acceptance, "_latency", lambda cells, *rest: asked.extend(cells) or measured(cells, *rest))
+    monkeypatch.setattr(acceptance, "_measured", lambda cells, *rest: asked.extend(cells) or measured(cells, *rest))
     monkeypatch.setattr(sys, "argv", ["gpu_acceptance.py", "--resume", "--only", "latency"])
     assert acceptance.main() == 0 and first not in gpu_cells.tables(asked)
     assert len(report(tmp_path)["latency"]) == len(gpu_cells.named_cells())
@@ -149,7 +154,7 @@ def test_a_latency_step_that_ends_early_keeps_what_it_printed(acceptance, monkey
     for status, words in (("timed out after 9 s", "timed out"), ("failed (-6)", "failed (-6): about to die")):
         done = {"status": status, "seconds": 9.0, "output": f"{line}\nabout to die\n"}
         monkeypatch.setattr(acceptance, "_step", lambda *arguments, done=done: done)
-        found = acceptance._latency(cells, 9.0, {})
+        found = acceptance._measured(cells, 9.0, {})
         assert [one["status"].startswith("not measured: " + words) for one in found] == [False, True, True]
         assert found[0]["ms"] == 2.0
 
@@ -189,7 +194,7 @@ def test_a_wrong_result_is_found_before_it_is_timed():
     items = gpu_cells.decay(5000, 16, 0, 0.4, torch.bfloat16, "cpu")
     queries = gpu_cells.decay(6, 16, 1, 0.0, torch.float32, "cpu").view(2, 3, 16)
     scores, ids = score_topk(queries, items, 11)
-    gpu_cells.check(queries, items, 10, scores[:, :10], ids[:, :10])
+    gpu_cells.check(queries, gpu_cells.Table(items), 10, scores[:, :10], ids[:, :10])
     twice = torch.cat([ids[:, :9], ids[:, :1]], 1)
     for wrong, words in (
         ((scores[:, :10], ids[:, :10].flip(1)), "not their rows'"),
@@ -200,7 +205,7 @@ def test_a_wrong_result_is_found_before_it_is_timed():
         ((scores[:, :10], ids[:, :10].clone().fill_(5000)), "do not exist"),
     ):
         with pytest.raises(AssertionError, match=words):
-            gpu_cells.check(queries, items, 10, *wrong)
+            gpu_cells.check(queries, gpu_cells.Table(items), 10, *wrong)
 
 
 def test_the_torch_line_finds_nearly_the_same():
@@ -210,12 +215,102 @@ def test_the_torch_line_finds_nearly_the_same():
     for held in (1 << 31, 2 * 6 * 700):
         gpu_cells._HELD, before = held, gpu_cells._HELD
         try:
-            found = gpu_cells.by_torch(queries, items, 10)
+            found = gpu_cells.by_torch(queries, gpu_cells.Table(items), 10)
         finally:
             gpu_cells._HELD = before
         assert torch.allclose(found[0].float(), wanted.scores, rtol=0.02)
         shared = [len(set(a) & set(b)) for a, b in zip(found[1].tolist(), wanted.ids.tolist(), strict=True)]
         assert min(shared) >= 8
+
+
+def test_float8_tables_are_checked_against_what_their_rows_are():
+    items = gpu_cells.decay(5000, 16, 0, 0.4, torch.bfloat16, "cpu")
+    queries = gpu_cells.decay(6, 16, 1, 0.0, torch.float32, "cpu").view(2, 3, 16)
+    table = gpu_cells.in_float8(items)
+    assert float(table.items.float().abs().amax(1).min()) == 448
+    assert torch.allclose(table.wide(torch.float32), items.float(), rtol=0.07, atol=0.01)
+    scores, ids = score_topk(queries, table.served(), 11)
+    gpu_cells.check(queries, table, 10, scores[:, :10], ids[:, :10])
+    with pytest.raises(AssertionError, match="better rows are missing"):
+        gpu_cells.check(queries, table, 10, scores[:, 1:], ids[:, 1:])
+
+
+@pytest.mark.parametrize(
+    "cell", [cell._replace(N=3000, C=cell.C and 200) for cell in gpu_functions.named_cells()], ids=str
+)
+def test_functions_are_checked_before_they_are_timed(cell):
+    cell = cell._replace(B=min(cell.B, 4))
+    items = gpu_cells.decay(cell.N, 16, 0, 0.4, torch.bfloat16, "cpu")
+    queries = gpu_cells.decay(cell.B * cell.M, 16, 1, 0.0, torch.float32, "cpu").view(cell.B, cell.M, 16)
+    for held in (1 << 26, 5000 * cell.B * cell.M // 4):
+        gpu_functions._PART, before = held, gpu_functions._PART
+        try:
+            work = gpu_functions.work(cell, queries, items, backend="reference")
+            found = work.ours()
+            work.check(found)
+            with pytest.raises(AssertionError, match="is off by"):
+                work.check(found + 1e-3 * found.abs().amax())
+            assert torch.allclose(work.torch(), found, rtol=1e-4, atol=1e-5)
+        finally:
+            gpu_functions._PART = before
+    assert gpu_functions.floor_ms(cell, {"copy_gb_per_s": 3000.0, "fp32_tflop_per_s": 50.0}) > 0
+
+
+class Sham:
+    """As much of the three libraries as is called, by torch; `find` is replaced by each."""
+
+    METRIC_INNER_PRODUCT = "ip"
+    StandardGpuResources = object
+
+    def best(self, queries, rows, k):
+        found = (queries.float() @ rows.float().T).topk(k, dim=1)
+        return found.values, found.indices.int()
+
+    def knn_gpu(self, resources, queries, rows, k, metric):
+        assert metric == "ip" and queries.dtype == rows.dtype == torch.float16
+        return self.best(queries, rows, k)
+
+    def build(self, rows, metric):
+        assert metric == "inner_product"
+        return rows
+
+    def search(self, index, queries, k):
+        return self.best(queries, index, k)
+
+    def flash_knn(self, queries, rows, k):
+        distances = torch.cdist(queries.float(), rows.float()) ** 2
+        found = distances.topk(k, dim=1, largest=False)
+        return found.values, found.indices.int()
+
+
+def test_other_libraries_are_asked_for_every_query_and_merged(monkeypatch):
+    for name in ("faiss", "faiss.contrib", "faiss.contrib.torch_utils", "cuvs", "cuvs.neighbors",
+                 "cuvs.neighbors.brute_force", "flashlib"):  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, Sham())
+    modules, missing = gpu_peers.installed()
+    assert set(modules) == set(gpu_peers.PEERS) and set(missing) == {"litetopk"}
+    rows, queries = torch.randn(400, 16).half(), torch.randn(3, 5, 16).half().float()
+    wanted = score_topk(queries, rows, 9)
+    for name in ("faiss", "cuvs"):
+        scores, ids = gpu_peers.merged(gpu_peers.PEERS[name].prepare(modules[name], rows), queries, 9)
+        assert torch.equal(ids, wanted.ids) and torch.allclose(scores, wanted.scores, rtol=1e-5)
+    _, ids = gpu_peers.merged(gpu_peers.PEERS["flashlib"].prepare(modules["flashlib"], rows), queries[:, :1], 1)
+    assert ids[:, 0].tolist() == torch.cdist(queries[:, 0], rows.float()).argmin(1).tolist()
+
+
+def test_a_library_that_fails_or_lacks_its_gpu_part_costs_its_own_figure_only(monkeypatch):
+    class Broken(Sham):
+        def build(self, rows, metric):
+            raise KeyError("no such metric")
+
+    monkeypatch.setattr(gpu_peers, "installed", lambda: ({"cuvs": Broken(), "flashlib": Sham()}, {}))
+    monkeypatch.setattr(gpu_cells, "milliseconds", lambda call: call(0) and 1.5)
+    queries, table = torch.randn(2, 3, 16), gpu_cells.Table(torch.randn(50, 16).bfloat16())
+    found = gpu_cells.other_libraries(queries, table, 4)
+    assert found == {"cuvs": "failed: KeyError: 'no such metric'", "flashlib": 1.5}
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "faiss", object())
+    assert gpu_peers.installed()[1]["faiss"] == "faiss is installed without its GPU part"
 
 
 def test_cells_have_names_of_their_own_and_the_product_holds_every_size():
