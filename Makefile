@@ -67,8 +67,15 @@ docs: $(VENV)/build.stamp $(VENV)/docs.stamp
 docs-links: $(VENV)/build.stamp $(VENV)/docs.stamp
 	$(BIN)/python -m sphinx -b linkcheck -q -D nb_execution_mode=off docs docs/_build/links
 
+# DEVICE=cuda measures on a GPU instead, with a python3 that has a CUDA build of torch, triton, pytest and
+# pytest-benchmark, or with the .venv where there is one.
+ifeq ($(DEVICE),cuda)
+bench:
+	DEVICE=cuda PYTHONPATH="$(CURDIR):$$PYTHONPATH" $$([ -x $(BIN)/python ] && echo $(BIN)/python || echo $(PYTHON)) -m pytest bench
+else
 bench: $(VENV)/build.stamp $(VENV)/bench.stamp
 	$(BIN)/python -m pytest bench
+endif
 
 # Hours; stop it whenever you like, the next run goes on. GRID="--only 'N=1e6 fp32' --budget-minutes 30" does a part,
 # PACKED_GRID likewise of the packed tables. Without the embeddings (no network, say) their cells are not measured.

@@ -16,6 +16,11 @@ for _name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
     os.environ.pop(_name, None)
 
 _RESULTS = Path(__file__).parent / "results"
+_ON_GPU = os.environ.get("DEVICE") == "cuda"
+_GPU = "test_gpu.py"
+collect_ignore = [p.name for p in Path(__file__).parent.glob("test_*.py") if (p.name == _GPU) != _ON_GPU]
+    path.name for path in Path(__file__).parent.glob("test_*.py") if (path.name == "test_gpu.py") != _ON_GPU
+]
 _cells: dict[str, list[dict[str, Any]]] = {}  # by the file they belong into: RESULTS of a test's module
 _deselected: list[str] = []
 
@@ -81,9 +86,10 @@ def table(cells: list[dict[str, Any]]) -> list[str]:
     """One aligned line a cell; columns that say nothing of any of them are left out."""
     from urm_kernels.bench.text import aligned, number
 
+    peer = "fastest peer" if _ON_GPU else "best exact peer"
     header = (
-        "cell", "ms", "plain ms", "GB/s", "of read", "of FMA", "of codes", "first bounds", "scored", "extra MiB",
-        "best exact peer", "ms", "faster by", "bar", "",
+        "cell", "ms", "device ms", "plain ms", "GB/s", "of read", "of FMA", "of codes", "first bounds", "scored",
+        "extra MiB", peer, "ms", "faster by", "bar", "",
     )  # fmt: skip
     rows = [header]
     for cell in cells:
@@ -93,6 +99,7 @@ def table(cells: list[dict[str, Any]]) -> list[str]:
             (
                 cell["cell"],
                 number(cell.get("ms"), 3),
+                number(cell.get("device_ms"), 3),
                 number(cell.get("plain_ms"), 3),
                 number(cell.get("gb_per_s"), 1),
                 number(cell.get("of_read_bandwidth"), 2),
@@ -108,7 +115,7 @@ def table(cells: list[dict[str, Any]]) -> list[str]:
             )
         )
     kept = [place for place, column in enumerate(zip(*rows[1:], strict=True)) if set(column) != {"-"}]
-    left = {kept.index(place) for place in kept if header[place] in ("cell", "best exact peer", "bar", "")}
+    left = {kept.index(place) for place in kept if header[place] in ("cell", peer, "bar", "")}
     return aligned([[row[place] for place in kept] for row in rows], left)
 
 
@@ -120,6 +127,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for of_file in _cells.values():
         for line in [*table(of_file), ""]:
             terminalreporter.write_line(line)
+    if _ON_GPU:
+        return
     terminalreporter.write_line("of FMA: float32 products at the measured rate; above 1 where bounds need cheaper ones")
     terminalreporter.write_line(
         "of codes: integer products at the measured rate; of packed tables, of read is of theirs"
@@ -139,9 +148,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         folder = _RESULTS
     if folder is None or not _cells:
         return
-    from urm_kernels.bench.machine import commit_of, machine
+    from urm_kernels.bench.machine import commit_of, device, machine
 
     folder.mkdir(parents=True, exist_ok=True)
-    here = {**machine(), "commit": commit_of(_RESULTS.parent)}
+    here = {**(device() if _ON_GPU else machine()), "commit": commit_of(_RESULTS.parent)}
     for name, cells in _cells.items():
         (folder / name).write_text(json.dumps({"machine": here, "cells": cells}, indent=1) + "\n")

@@ -113,6 +113,11 @@ def decay(rows: int, r: int, seed: int, spread: float, dtype: torch.dtype, devic
     return out
 
 
+def queries_of(cell: Any) -> Tensor:
+    """[B, M, r] of a cell."""
+    return decay(cell.B * cell.M, cell.r, 1, 0.0, torch.float32, "cuda").view(cell.B, cell.M, cell.r)
+
+
 def in_float8(items: Tensor) -> Table:
     """Each row's largest element becomes 448, the largest of float8 e4m3."""
     table = Table(torch.empty(items.shape, dtype=torch.float8_e4m3fn, device=items.device), items.new_empty(len(items)))
@@ -263,7 +268,7 @@ def other_libraries(queries: Tensor, table: Table, k: int) -> dict[str, float | 
 
 
 def measure(cell: Cell, copies: list[Table], limits: dict[str, float]) -> dict[str, Any]:
-    """One cell. copies: the table, as many times as it takes to be larger than the cache."""
+    """One cell, of the table's copies in turns."""
     import urm_kernels
     from urm_kernels.backends import triton as backend
     from urm_kernels.backends.table_view import ScanOptions, TableView
@@ -271,7 +276,7 @@ def measure(cell: Cell, copies: list[Table], limits: dict[str, float]) -> dict[s
 
     table = copies[0]
     given = [copy.served() for copy in copies]
-    queries = decay(cell.B * cell.M, cell.r, 1, 0.0, torch.float32, "cuda").view(cell.B, cell.M, cell.r)
+    queries = queries_of(cell)
 
     def ours(turn: int) -> Any:
         return urm_kernels.score_topk(queries, given[turn % len(given)], cell.k, backend="triton")
@@ -321,16 +326,21 @@ def measure(cell: Cell, copies: list[Table], limits: dict[str, float]) -> dict[s
     }
 
 
+def copies_of(table: tuple[int, int, bool]) -> list[Table]:
+    """The table (N, r, float8), as many times as it takes to be larger than the cache."""
+    N, r, float8 = table
+    items = decay(N, r, 0, 0.4, torch.bfloat16, "cuda")
+    made = in_float8(items) if float8 else Table(items)
+    del items
+    copies = [made]
+    for _ in range(_CACHE // made.nbytes):
+        copies.append(Table(*(None if part is None else part.clone() for part in made)))
+    return copies
+
+
 def run_table(cells: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Measures the cells of one table, one after the other; yields (cell, figures or the error in words)."""
-    limits = ceilings()
-    N, r, float8 = cells[0].table
-    items = decay(N, r, 0, 0.4, torch.bfloat16, "cuda")
-    table = in_float8(items) if float8 else Table(items)
-    del items
-    copies = [table]
-    for _ in range(_CACHE // table.nbytes):
-        copies.append(Table(*(None if part is None else part.clone() for part in table)))
+    limits, copies = ceilings(), copies_of(cells[0].table)
     for cell in cells:
         try:
             figures = {"status": "ok", **measure(cell, copies, limits)}

@@ -149,7 +149,7 @@ def floor_ms(cell: Cell, limits: dict[str, float]) -> float:
 
 
 def measure(cell: Cell, items: Tensor, limits: dict[str, float]) -> dict[str, Any]:
-    queries = gpu_cells.decay(cell.B * cell.M, cell.r, 1, 0.0, torch.float32, "cuda").view(cell.B, cell.M, cell.r)
+    queries = gpu_cells.queries_of(cell)
     given = work(cell, queries, items)
     given.ours()
     torch.cuda.synchronize()

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -311,6 +313,30 @@ def test_a_library_that_fails_or_lacks_its_gpu_part_costs_its_own_figure_only(mo
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "faiss", object())
     assert gpu_peers.installed()[1]["faiss"] == "faiss is installed without its GPU part"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_benchmarks_on_a_gpu_are_collected_by_name_only_and_skip_without_one():
+    collect = [sys.executable, "-m", "pytest", "bench", "-q", "-rs", "-p", "no:cacheprovider"]
+    root = SCRIPT.parents[1]
+    there = {**os.environ, "DEVICE": "cuda"}
+    done = subprocess.run(collect, capture_output=True, text=True, cwd=root, env=there, timeout=120)
+    assert done.returncode == 0 and "torch sees no CUDA device" in done.stdout, done.stdout + done.stderr
+    assert "passed" not in done.stdout and re.search(r"\b1\d skipped|\b2\d skipped", done.stdout)
+    here = subprocess.run([*collect, "--collect-only"], capture_output=True, text=True, cwd=root, timeout=120)
+    assert "test_latency.py" in here.stdout and "test_gpu.py" not in here.stdout
+
+
+def test_a_line_of_the_benchmark_names_the_fastest_peer():
+    import test_gpu
+
+    cell = gpu_functions.named_cells()[0]
+    figures = {**FIGURES, "extra_mib": 0.5, "peers_ms": {"torch": 3.0, "half_fused": 2.0, "cuvs": "failed: KeyError"}}
+    line = test_gpu._line(cell, figures)
+    assert (line["best_peer"], line["faster_by"], line["device_ms"], line["extra_bytes"]) == (
+        "half_fused", 1.33, 1.5, 2**19,
+    )  # fmt: skip
+    assert test_gpu._line(cell, {**figures, "graph_ms": None})["device_ms"] == 2.0
 
 
 def test_cells_have_names_of_their_own_and_the_product_holds_every_size():

@@ -36,6 +36,20 @@ def machine() -> dict[str, Any]:
     }
 
 
+def device() -> dict[str, Any]:
+    """The CUDA device that calls run on."""
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    return {
+        "device": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "memory_gib": round(found.total_memory / 2**30, 1),
+        "processors": found.multi_processor_count,
+        "versions": versions | {name: metadata.version(name) for name in ("torch", "triton")},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
 def own_version() -> str:
     try:
         return metadata.version("urm-kernels")
