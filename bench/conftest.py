@@ -19,8 +19,6 @@ _RESULTS = Path(__file__).parent / "results"
 _ON_GPU = os.environ.get("DEVICE") == "cuda"
 _GPU = "test_gpu.py"
 collect_ignore = [p.name for p in Path(__file__).parent.glob("test_*.py") if (p.name == _GPU) != _ON_GPU]
-    path.name for path in Path(__file__).parent.glob("test_*.py") if (path.name == "test_gpu.py") != _ON_GPU
-]
 _cells: dict[str, list[dict[str, Any]]] = {}  # by the file they belong into: RESULTS of a test's module
 _deselected: list[str] = []
 
