@@ -30,7 +30,13 @@ _RESULTS = _ROOT / "bench" / "results"
 _TAIL = 4000  # characters of a step's output that are kept
 _WORKERS = 14  # test processes that share the device, at most
 # What compute-sanitizer watches: every kernel once, on small shapes.
-_WATCHED = "test_values.py::test_hard_orders_of_the_catalogue", "test_shapes.py::test_more_wanted_than_allowed"
+_WATCHED = (
+    "test_values.py::test_hard_orders_of_the_catalogue",
+    "test_shapes.py::test_more_wanted_than_allowed",
+    "test_candidates.py::test_pads_duplicates_and_every_order",
+    "test_partition.py::test_what_takes_no_part",
+    "test_partition_gradients.py::test_shares_add_up_and_masked_rows_have_none",
+)
 
 
 def step_device() -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """What only a CUDA device can show: streams, threads, graphs, waits, memory that ends, tables past 2^32 elements."""
 
+import math
 import threading
 
 import pytest
 import torch
 from support import assert_same_bits, by_reference, ids_of
 
-from urm_kernels import score_topk
+from urm_kernels import ItemTable, log_partition, score_candidates, score_topk
 from urm_kernels.testing import make_items, make_queries
 
 pytestmark = [
@@ -23,19 +24,57 @@ def scanned(device):
     return queries.to(device), items.to(device), by_reference(queries, items, 50)
 
 
-@pytest.mark.parametrize("options", [{}, {"exclude": 5}, {"reduce": "logsumexp"}, {"k": 30_000}])
-def test_no_call_waits_for_the_device(device, scanned, options):
+def _gradients(function, queries, items, *rest, **options):
+    leaves = [queries.clone().requires_grad_(), items.clone().requires_grad_()]
+    return torch.autograd.grad(function(*leaves, *rest, **options).sum(), leaves)
+
+
+def _chosen(queries):
+    return torch.arange(40, device=queries.device).expand(len(queries), 40)
+
+
+# Every function with what takes other kernels.
+CALLS = {
+    "score_topk": lambda q, v: score_topk(q, v, 50),
+    "exclude": lambda q, v: score_topk(q, v, 50, exclude=torch.zeros(2, 5, dtype=torch.int64, device=q.device)),
+    "logsumexp": lambda q, v: score_topk(q, v, 50, reduce="logsumexp"),
+    "dense": lambda q, v: score_topk(q, v, 30_000),
+    "scaled": lambda q, v: score_topk(q, ItemTable(v, row_scale=v[:, 0].float().contiguous()), 50),
+    "counted": lambda q, v: score_topk(q, v, 50, return_stats=True)[0],
+    "score_candidates": lambda q, v: score_candidates(q, v, _chosen(q)),
+    "shared candidates": lambda q, v: score_candidates(q, v, _chosen(q)[0]),
+    "log_partition": lambda q, v: log_partition(q, v, temperature=0.5),
+    "gradient of log_partition": lambda q, v: _gradients(log_partition, q, v, reduce="logsumexp"),
+    "gradient of score_candidates": lambda q, v: _gradients(score_candidates, q, v, _chosen(q)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_call_waits_for_the_device(scanned, name):
     queries, items, _ = scanned
-    given = dict(options)
-    k = given.pop("k", 50)
-    if "exclude" in given:
-        given["exclude"] = torch.zeros(2, given["exclude"], dtype=torch.int64, device=device)
-    score_topk(queries, items, k, **given)  # compiles, which may wait
+    CALLS[name](queries, items)  # compiles, which may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
-        score_topk(queries, items, k, **given)
+        CALLS[name](queries, items)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if "gradient" not in name])
+def test_every_call_can_be_captured(scanned, name):
+    queries, items, _ = scanned
+    wanted = CALLS[name](queries, items)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = CALLS[name](queries, items)
+    for _ in range(2):
+        graph.replay()
+        for part, other in zip(_parts(result), _parts(wanted), strict=True):
+            assert torch.equal(part, other)
+
+
+def _parts(result):
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
 
 
 def test_a_captured_call_replays_with_what_its_tensors_hold_then(scanned):
@@ -127,6 +166,10 @@ def test_tables_past_two_to_the_31_and_32_elements(device, rows):
     queries = torch.ones(1, 2, 64, device=device)
     result = score_topk(queries, items, 4)
     assert ids_of(result) == [[rows - 1, rows // 2, 0, 1]] and result.scores.tolist() == [[3.0, 2.0, 1.0, 0.0]]
+    chosen = torch.tensor([[rows - 1, 1, rows // 2, rows]], device=device)
+    assert score_candidates(queries, items, chosen).nan_to_num(9).tolist() == [[3.0, 0.0, 2.0, 9.0]]
+    total = math.log(math.exp(30) + math.exp(20) + math.exp(10) + rows - 3)
+    assert abs(float(log_partition(queries, items, temperature=0.1)) - total) < 1e-4
 
 
 def test_survivors_that_crowd_do_not_get_lost(device):

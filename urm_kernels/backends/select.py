@@ -17,6 +17,8 @@ log = logging.getLogger("urm_kernels")
 # Preferred first.
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
 
+FUNCTIONS = ("score_topk", "score_candidates", "log_partition")
+
 _said: set[str] = set()
 
 
@@ -59,10 +61,19 @@ def _say_once(message: str) -> None:
 
 
 def describe() -> list[tuple[str, str]]:
-    """(backend, "usable" or the reason why not) for float32 on the CPU and, where torch sees one, the GPU."""
+    """(backend, what it runs or why not) on the CPU and, where torch sees one, the GPU. The first that can is taken."""
     places = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
     lines = []
     for name, backend in BACKENDS.items():
-        reasons = [(place.type, backend.why_not(place, (torch.float32,)) or "usable") for place in places]
-        lines.append((name, "; ".join(f"{place}: {reason}" for place, reason in reasons)))
+        reasons = [f"{place.type}: {_usable(backend, place)}" for place in places]
+        lines.append((name, "; ".join(reasons)))
     return lines
+
+
+def _usable(backend: ModuleType, place: torch.device) -> str:
+    reason = backend.why_not(place, (torch.float32,))
+    if reason is not None:
+        return reason
+    declined = [backend.why_not(place, (dtype,)) for dtype in (torch.float8_e4m3fn, torch.float64)]
+    declined += [f"it has no {function}" for function in FUNCTIONS if not hasattr(backend, function)]
+    return ", but ".join(["usable", *filter(None, declined)])
