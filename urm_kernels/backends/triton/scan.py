@@ -68,13 +68,38 @@ def _product(v, q, SWAP: tl.constexpr):
 
 
 @triton.jit
+def _query_of(column, block, USERS: tl.constexpr, P: tl.constexpr):
+    """Which query, as [user, m] counted through, a column of a block of USERS users of P queries is.
+
+    A thread holds columns 8 i + 2 j and 8 i + 2 j + 1 of a tensor core's result, with a j of its own. Where a block has
+    four users or more, these are columns of the same user: the maximum over its queries stays within the thread.
+    """
+    if USERS >= 4 and P >= 2:
+        i, j, b = column // 8, (column % 8) // 2, column % 2
+        eights: tl.constexpr = P // 2
+        own = (i // eights * 4 + j) * P + (i % eights) * 2 + b
+    else:
+        own = column
+    return (tl.zeros_like(own).to(tl.int64) + block) * (USERS * P) + own
+
+
+@triton.jit
+def _by_user(dots, BLOCK_N: tl.constexpr, USERS: tl.constexpr, P: tl.constexpr):
+    """[BLOCK_N, columns] -> [BLOCK_N, USERS, P]."""
+    if USERS >= 4 and P >= 2:
+        eights: tl.constexpr = P // 2
+        dots = tl.permute(tl.reshape(dots, [BLOCK_N, USERS // 4, eights, 4, 2]), [0, 1, 3, 2, 4])
+    return tl.reshape(dots, [BLOCK_N, USERS, P])
+
+
+@triton.jit
 def _log_sum_exp(
     largest, total, dots, scale, size, absent, BLOCK_N: tl.constexpr, USERS: tl.constexpr, P: tl.constexpr
 ):
     """Running (largest, sum of exponentials) [BLOCK_N, USERS] after P more dots a user; `absent` is -inf for pads."""
     if size is not None:
         dots *= size[:, None]
-    dots = tl.reshape(dots + absent[None, :], [BLOCK_N, USERS, P]) * scale[None, :, None]
+    dots = _by_user(dots + absent[None, :], BLOCK_N, USERS, P) * scale[None, :, None]
     following = tl.maximum(largest, tl.max(dots, 2))
     # Against (-inf) - (-inf), before the first query that exists.
     base = tl.where(following == float("-inf"), 0.0, following)
@@ -170,6 +195,7 @@ def scan(
     """
     SAMPLE: tl.constexpr = GATHERED > 0
     USERS: tl.constexpr = BLOCK_C // M_PAD if M_PAD <= BLOCK_C else 1
+    P: tl.constexpr = BLOCK_C // USERS
     PARTS: tl.constexpr = M_PAD // BLOCK_C if M_PAD > BLOCK_C else 1
     WHOLE: tl.constexpr = R == BLOCK_R
     SCALED: tl.constexpr = SAMPLE or LOG_SUM_EXP or bias is not None or row_scale is not None
@@ -180,7 +206,7 @@ def scan(
         users = tl.arange(0, USERS)
         scale, most, rise, least = _user_terms(users, B, inverse_scale, reach, slope, fixed, SAMPLE, SCALED)
         if WHOLE:
-            every = tl.arange(0, BLOCK_C)
+            every = _query_of(tl.arange(0, BLOCK_C), 0, USERS, P)
             q = tl.load(rounded + every[None, :] * R + at[:, None], mask=every[None, :] < B * M_PAD, other=0.0)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES if ONE_BLOCK else 1):
         index = block_of(tile, BLOCK_N)
@@ -219,7 +245,7 @@ def scan(
             best = tl.full([BLOCK_N, USERS], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_N, USERS], tl.float32)
             for part in tl.static_range(PARTS):
-                columns = block_of(block * PARTS + part, BLOCK_C)
+                columns = _query_of(tl.arange(0, BLOCK_C), block * PARTS + part, USERS, P)
                 present = columns[None, :] < B * M_PAD
                 if WHOLE:
                     if not ONE_BLOCK:
@@ -236,13 +262,11 @@ def scan(
                         dots += _product(v_part, q_part, SWAP)
                 if LOG_SUM_EXP:
                     missing = tl.load(absent + columns, mask=columns < B * M_PAD, other=0.0)
-                    best, total = _log_sum_exp(
-                        best, total, dots, scale, size, missing, BLOCK_N, USERS, BLOCK_C // USERS
-                    )
+                    best, total = _log_sum_exp(best, total, dots, scale, size, missing, BLOCK_N, USERS, P)
                 elif USERS == BLOCK_C:
                     best = dots
                 else:
-                    best = tl.maximum(best, tl.max(tl.reshape(dots, [BLOCK_N, USERS, BLOCK_C // USERS]), 2))
+                    best = tl.maximum(best, tl.max(_by_user(dots, BLOCK_N, USERS, P), 2))
             if LOG_SUM_EXP:
                 best = best + tl.log(total)
             exists = users < B

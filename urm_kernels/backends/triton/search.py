@@ -93,7 +93,8 @@ class _Prepared(NamedTuple):
 def prepare(call: Call, k: int) -> _Prepared:
     """Queries rounded to the table's type, and the slack of that."""
     users, count, r = call.queries.shape
-    m_pad, r_pad = padded(count), padded(r, 16)
+    # Columns that a tensor core's least block has anyway repeat queries rather than stand for users who are not there.
+    m_pad, r_pad = max(padded(count), 16 // padded(users)), padded(r, 16)
     scales, slack, fixed = call.queries.new_empty((3, users)).unbind()
     prepared = _Prepared(
         torch.empty((users, m_pad, r_pad), dtype=_PRODUCTS[call.items.dtype], device=call.queries.device),
