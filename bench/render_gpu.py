@@ -15,7 +15,8 @@ _K = 1000  # of the figure
 
 def latency(record: dict[str, Any], name: str) -> tuple[str, Figures]:
     device = record["device"]
-    cells = [cell for cell in record["latency"] if cell["status"] == "ok"]
+    fine = [cell for cell in record["latency"] if cell["status"] == "ok"]
+    cells = [cell for cell in fine if not cell.get("float8")]
     text = [
         f"## GPU\n\n{device['name']} ({device['memory_gib']} GiB, compute capability {device['capability']}), torch "
         f"{device['torch']}, Triton {device['triton']}, CUDA {device['cuda']}. `make gpu-acceptance`, kept in "
@@ -25,24 +26,15 @@ def latency(record: dict[str, Any], name: str) -> tuple[str, Figures]:
         "bfloat16 rate, measured beside it. *torch*: products in bfloat16, which round; *scores, then topk*: our scan\n"
         "with all scores written. Which bars are met is said in [gpu.md](gpu.md).\n"
     ]
+    header = ["r", "(B, M)", "k", "graph, ms", "call", "floor", "torch", "scores, then topk", "torch / graph"]
     for rows in sorted({cell["N"] for cell in cells}, reverse=True):
-        lines = [
-            [
-                str(cell["r"]),
-                f"({cell['B']}, {cell['M']})",
-                f"{cell['k']:,}",
-                f"**{ms(cell['graph_ms'])}**",
-                ms(cell["ms"]),
-                ms(cell["floor_ms"]),
-                ms(cell["peers_ms"]["torch"]),
-                ms(cell["peers_ms"]["half_fused"]),
-                f"{cell['peers_ms']['torch'] / cell['graph_ms']:.2f}",
-            ]
-            for cell in cells
-            if cell["N"] == rows
-        ]
-        header = ["r", "(B, M)", "k", "graph, ms", "call", "floor", "torch", "scores, then topk", "torch / graph"]
+        lines = [_line(cell) for cell in cells if cell["N"] == rows]
         text.append(f"### N = {rows:,}, bf16\n\n{table(header, lines)}")
+    if scaled := [cell for cell in fine if cell.get("float8")]:
+        lines = [[f"{cell['N']:,}", *_line(cell)] for cell in scaled]
+        text.append(f"### float8 with a scale a row\n\n{table(['N', *header], lines)}")
+    if others := [cell for cell in record.get("functions", []) if cell["status"] == "ok"]:
+        text.append(f"### Other functions, bf16\n\n{_functions(others)}")
     panels = []
     for rows, r in sorted({(cell["N"], cell["r"]) for cell in cells if cell["k"] == _K}, reverse=True):
         shown = [cell for cell in cells if (cell["N"], cell["r"], cell["k"]) == (rows, r, _K)]
@@ -51,6 +43,35 @@ def latency(record: dict[str, Any], name: str) -> tuple[str, Figures]:
         return "\n".join(text), {}
     text.append(f"![latency on a GPU](figures/{_FIGURE})\n")
     return "\n".join(text), {_FIGURE: (panels, f"{device['name']}, bfloat16 tables, k = {_K}, replayed graph")}
+
+
+def _line(cell: dict[str, Any]) -> list[str]:
+    return [
+        str(cell["r"]),
+        f"({cell['B']}, {cell['M']})",
+        f"{cell['k']:,}",
+        f"**{ms(cell['graph_ms'])}**",
+        ms(cell["ms"]),
+        ms(cell["floor_ms"]),
+        ms(cell["peers_ms"]["torch"]),
+        ms(cell["peers_ms"]["half_fused"]),
+        f"{cell['peers_ms']['torch'] / cell['graph_ms']:.2f}",
+    ]
+
+
+def _functions(cells: list[dict[str, Any]]) -> str:
+    """The floor: bytes at the copy bandwidth, or multiply-adds at torch's float32 rate, whichever takes longer."""
+    lines = []
+    for cell in cells:
+        ours = cell["graph_ms"] or cell["ms"]
+        candidates = f"{cell['C']:,}" + ", shared" * cell["shared"] if cell["C"] else "-"
+        graph = ms(cell["graph_ms"]) if cell["graph_ms"] else "-"
+        torch = cell["peers_ms"]["torch"]
+        shape = f"({cell['B']}, {cell['M']})"
+        times = [f"**{graph}**", ms(cell["ms"]), ms(cell["floor_ms"]), ms(torch), f"{torch / ours:.2f}"]
+        lines.append([cell["function"], f"{cell['N']:,}", shape, candidates, *times])
+    header = ["function", "N", "(B, M)", "candidates", "graph, ms", "call", "floor", "torch, fp32", "torch / ours"]
+    return table(header, lines)
 
 
 def _panel(cells: list[dict[str, Any]], rows: int, r: int) -> Panel:

@@ -24,6 +24,7 @@ CARD = {"status": "ok", "seconds": 1.0, "name": "Sham 100", "capability": "9.0",
 FIGURES = {
     "status": "ok", "ms": 2.0, "graph_ms": 1.5, "floor_ms": 1.0, "of_floor": 0.7, "extra_share": 0.001,
     "unproven_users": 0, "peers_ms": {"torch": 3.0, "half_fused": 2.5},
+    "ceilings": {"copy_gb_per_s": 4000.0, "bf16_tflop_per_s": 800.0},
 }  # fmt: skip
 
 
@@ -337,6 +338,21 @@ def test_a_line_of_the_benchmark_names_the_fastest_peer():
         "half_fused", 1.33, 1.5, 2**19,
     )  # fmt: skip
     assert test_gpu._line(cell, {**figures, "graph_ms": None})["device_ms"] == 2.0
+
+
+def test_what_was_measured_is_rendered():
+    import render_gpu
+
+    cells = [{"cell": cell.name, **cell._asdict(), **FIGURES} for cell in gpu_cells.named_cells()]
+    functions = [{"cell": cell.name, **cell._asdict(), **FIGURES} for cell in gpu_functions.named_cells()]
+    functions[-1] = {**functions[-1], "graph_ms": None}
+    device = {"cuda": "13.0", "triton": "3.6.0", **CARD}
+    text, figures = render_gpu.latency({"device": device, "latency": cells, "functions": functions}, "some.json")
+    assert text.count("### N = ") == 3 and "### float8 with a scale a row" in text
+    assert "| score_candidates | 50,000,000 | (64, 8) | 1,000, shared | **1.50** |" in text
+    assert "| gradient | 1,000,000 | (8, 16) | - | **-** | 2.00 |" in text
+    panels, _ = figures["bench_gpu.png"]
+    assert len(panels) == 4  # a table of float8 is none of them
 
 
 def test_cells_have_names_of_their_own_and_the_product_holds_every_size():

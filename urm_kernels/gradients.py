@@ -16,7 +16,7 @@ from .backends.table_view import ScanOptions, TableView, gather_rows
 
 _CHUNK = 1 << 22  # weights [users, M, k] held at a time
 _PARTITION_CHUNK = 1 << 20  # dots [users, M, rows] held at a time: 4 MiB, and a few temporaries of that size
-_DEVICE_CHUNK = 1 << 23  # the same where a launch has to be worth its while
+_DEVICE_CHUNK = 1 << 22  # the same where a launch has to be worth its while; six tensors of at most 16 MiB
 
 
 def row_gradients(
@@ -90,7 +90,7 @@ def partition_gradients(
     # Dots of one query a user where they are linear; its gradient is handed on to the user's queries at the end.
     asked, asked_exist = combine_queries(queries.to(dtype), exists, reduce) if adds else (queries.to(dtype), exists)
     chunk = _PARTITION_CHUNK if device.type == "cpu" else _DEVICE_CHUNK
-    step = max(1, chunk // max(1, users * asked.shape[1]))
+    step = max(1, chunk // max(1, users * asked.shape[1], r))
     grad_asked = torch.zeros(asked.shape, dtype=torch.float64, device=device)
     scan = (asked, asked_exist, table, options._replace(reduce="max" if adds else reduce), temperature)
     weigh = getattr(backend, "partition_weights", None) or functools.partial(_partition_weights, backend)
