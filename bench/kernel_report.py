@@ -56,7 +56,7 @@ class Case(NamedTuple):
 BFLOAT16, FLOAT16, FLOAT32, FLOAT8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 CASES = [
     *(Case(BFLOAT16, 128, *shape, whole=True) for shape in ((1, 1), (1, 8), (1, 128), (64, 1), (1024, 1))),
-    Case(BFLOAT16, 128, 8, 16),
+    Case(BFLOAT16, 128, 8, 16, whole=True),
     Case(BFLOAT16, 64, 1, 8),
     Case(BFLOAT16, 64, 1024, 1),
     Case(BFLOAT16, 128, 500, 4, whole=True),
@@ -66,13 +66,13 @@ CASES = [
     Case(FLOAT16, 128, 1, 8),
     Case(FLOAT16, 128, 64, 1, whole=True),
     Case(FLOAT32, 128, 1, 8, whole=True),
-    Case(FLOAT32, 64, 1, 128),
+    Case(FLOAT32, 64, 1, 128, whole=True),
     Case(FLOAT32, 128, 1024, 1),
     Case(BFLOAT16, 128, 1, 8, "logsumexp", True),
     Case(FLOAT32, 64, 8, 1, "mean", True, whole=True),
     Case(FLOAT32, 128, 2, 8, rows=5000),
     *(Case(FLOAT8, 128, *shape, row_scale=True) for shape in ((1, 8), (1, 128), (64, 1), (1024, 1))),
-    Case(FLOAT8, 300, 1, 8, row_scale=True, whole=True),
+    Case(FLOAT8, 300, 1, 200, row_scale=True, whole=True),
     Case(FLOAT16, 128, 2, 8, "logsumexp", True, row_scale=True, whole=True),
 ]
 
@@ -104,7 +104,7 @@ def launches(case: Case, architecture: int) -> list[compile_only.Launch]:
             candidates.candidate_dots(queries, table, chosen)
         if case.whole:
             partition.log_partition(queries, table, options, temperature, card)
-            weigh = (per_user, per_user, queries, table, options, temperature, slice(0, 1000))
+            weigh = (per_user, per_user, queries, table, options, temperature, slice(0, 1000), card)
             partition_gradient.partition_weights(*weigh)
     return found
 
@@ -159,6 +159,8 @@ def _described(launch: compile_only.Launch) -> str:
         swap = ", swapped" if constants["SWAP"] else ""
         size = f"{constants['BLOCK_N']} x {constants['BLOCK_C']} x {constants['BLOCK_R']}"
         return f"scan of the {what}, {size}, {constants['num_warps']} warps{swap}"
+    if constants.get("BLOCK_C"):
+        return f"{launch.kernel}, {constants['C']} rows, queries bounded {constants['BLOCK_C']} at a time"
     if "USERS" in constants:
         return f"{launch.kernel}, {constants['C']} rows x {constants['D']} queries of {constants['USERS']} users"
     return launch.kernel

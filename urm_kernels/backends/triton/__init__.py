@@ -127,5 +127,5 @@ def partition_weights(
     """What log_partition's gradient is made of, for some rows; see urm_kernels.gradients."""
     options = options._replace(query_mask=exists)
     with _on(queries.device):
-        kernels = _kernels("partition_gradient")
-        return kernels.partition_weights(grad, logarithms, queries, table.settled(), options, temperature, part)
+        kernels, scan = _kernels("partition_gradient"), (queries, table.settled(), options, temperature, part)
+        return kernels.partition_weights(grad, logarithms, *scan, card(queries.device))

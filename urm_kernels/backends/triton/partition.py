@@ -2,7 +2,7 @@
 
 The integers of csrc/common/exponential_sum.h: a term is mantissa 2^(n - 24), mantissas are added as integers by groups
 of eight exponents n, and groups further than `depth` below the largest are left out. Products of tensor cores would be
-off by more than the stated error, so every dot is the canonical one.
+off by more than the stated error, so every dot that counts is the canonical one.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from .canonical import (
     with_bias,
 )
 from .plan import GROUP, Card, canonical_tile, padded
+from .search import bound_queries
+from .winners import winning_dots
 
 GROUPS = tl.constexpr(8)  # of a ring: the largest, and at most seven below it
 NO_GROUP = tl.constexpr(-(1 << 28))
@@ -67,6 +69,10 @@ def add_exponentials(
     temperature,
     N,
     B,
+    rounded,
+    inverse_scale,
+    length_slack,
+    fixed_slack,
     queries,
     exists,
     items,
@@ -88,11 +94,16 @@ def add_exponentials(
     USERS: tl.constexpr,
     LOG_SUM_EXP: tl.constexpr,
     MASK_BITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    M_PAD: tl.constexpr,
+    R: tl.constexpr,
+    TENSOR_SQUARES: tl.constexpr,
 ):
     """Each program's share: tops int32 and largest fp32 [programs, B], sums int64 [programs, B, GROUPS] by place.
 
     The place of a group is its number modulo GROUPS. largest: of the scores that have no exponential. Programs: (shares
-    of the rows, blocks of users).
+    of the rows, blocks of users). With `rounded`, one user a block, whose queries are bounded first (winners.py).
     """
     users = block_of(tl.program_id(1), USERS)
     present = users < B
@@ -105,8 +116,16 @@ def add_exponentials(
     for tile in range(tl.program_id(0), tl.cdiv(N, C), tl.num_programs(0)):
         rows = block_of(tile, C)
         inside = rows < N
-        reduced = reduced_dots(queries, exists, items, stride_n, stride_r, row_scale, stride_scale, M, r, users,
-                               present, rows, inside, C, D, USERS, LOG_SUM_EXP)  # fmt: skip
+        if rounded is not None:
+            user = tl.program_id(1).to(tl.int64)
+            largest_dots, _, bad = winning_dots(
+                rounded, inverse_scale, length_slack, fixed_slack, queries, exists, items, stride_n, stride_r,
+                row_scale, stride_scale, M, r, user, rows, inside, C, BLOCK_C, BLOCK_R, M_PAD, R, TENSOR_SQUARES,
+            )  # fmt: skip
+            reduced = tl.where(bad, float("nan"), largest_dots)
+        else:
+            reduced = reduced_dots(queries, exists, items, stride_n, stride_r, row_scale, stride_scale, M, r, users,
+                                   present, rows, inside, C, D, USERS, LOG_SUM_EXP)  # fmt: skip
         scores = tl.div_rn(
             with_bias(reduced, bias, stride_bias, rows, inside), tl.zeros([C, USERS], tl.float32) + divisor
         )
@@ -173,7 +192,8 @@ def log_partition(queries: Tensor, table: TableView, options: ScanOptions, tempe
     depth = -(-(24 + (rows - 1).bit_length()) // 8)
     for part, call in calls(queries, table, options, GROUP):
         users, count, r = call.queries.shape
-        tile = canonical_tile(users, count, most_sums=256)
+        tile, bounded, sizes = bound_queries(call, card)
+        tile = tile or canonical_tile(users, count, most_sums=256)
         blocks = -(-users // tile.users)
         programs = max(_LEAST_PROGRAMS, -(-4 * card.processors // blocks))
         programs = min(programs, -(-rows // tile.rows))
@@ -181,9 +201,9 @@ def log_partition(queries: Tensor, table: TableView, options: ScanOptions, tempe
         sums = torch.empty((programs, users, GROUPS.value), dtype=torch.int64, device=queries.device)
         largest = queries.new_empty((programs, users))
         add_exponentials[(programs, blocks)](
-            tops, sums, largest, depth, temperature, rows, users, *call.scored, *call.masked, *call.excluded, count, r,
-            C=tile.rows, D=tile.columns, USERS=tile.users, LOG_SUM_EXP=call.log_sum_exp, MASK_BITS=call.bits,
-            **EXACT, **MOST_REGISTERS,
+            tops, sums, largest, depth, temperature, rows, users, *bounded, *call.scored, *call.masked, *call.excluded,
+            count, r, C=tile.rows, D=tile.columns, USERS=tile.users, LOG_SUM_EXP=call.log_sum_exp,
+            MASK_BITS=call.bits, **sizes, **EXACT, **MOST_REGISTERS,
         )  # fmt: skip
         logarithms_of_sums[(users,)](
             out[part], tops, sums, largest, depth, programs, users, SHARES=padded(programs), **EXACT

@@ -18,7 +18,9 @@ from .canonical import (
     reduced_dots,
     with_bias,
 )
-from .plan import GROUP, canonical_tile
+from .plan import GROUP, Card, canonical_tile
+from .search import bound_queries
+from .winners import winning_dots
 
 
 @triton.jit(do_not_specialize=["first_row", "n", "B", "E", "M"])
@@ -32,6 +34,10 @@ def weigh_rows(
     first_row,
     n,
     B,
+    rounded,
+    inverse_scale,
+    length_slack,
+    fixed_slack,
     queries,
     exists,
     items,
@@ -53,12 +59,17 @@ def weigh_rows(
     USERS: tl.constexpr,
     LOG_SUM_EXP: tl.constexpr,
     MASK_BITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    M_PAD: tl.constexpr,
+    R: tl.constexpr,
+    TENSOR_SQUARES: tl.constexpr,
 ):
     """Of rows first_row, ..., first_row + n - 1, fp32: shares and out_scores [B, n], weights [B, M, n].
 
     out_scores: divided by the temperature T. shares: grad exp(score / T - logarithm) / T, zero for what takes no part.
     weights: the share, times the row's scale, of the winning query, or of each by their softmax. Programs: (blocks of
-    rows, blocks of users).
+    rows, blocks of users). With `rounded`, one user a block, whose queries are bounded first (winners.py).
     """
     P: tl.constexpr = D // USERS
     users = block_of(tl.program_id(1), USERS)
@@ -71,8 +82,15 @@ def weigh_rows(
         reduced = reduced_dots(queries, exists, items, stride_n, stride_r, row_scale, stride_scale, M, r, users,
                                present, rows, inside, C, D, USERS, True)  # fmt: skip
     else:
-        reduced, winner, bad = best_dots(queries, exists, items, stride_n, stride_r, row_scale, stride_scale, M, r,
-                                         users, present, rows, inside, C, D, USERS)  # fmt: skip
+        if rounded is not None:
+            reduced, winner, bad = winning_dots(
+                rounded, inverse_scale, length_slack, fixed_slack, queries, exists, items, stride_n, stride_r,
+                row_scale, stride_scale, M, r, tl.program_id(1).to(tl.int64), rows, inside, C, BLOCK_C, BLOCK_R, M_PAD,
+                R, TENSOR_SQUARES,
+            )  # fmt: skip
+        else:
+            reduced, winner, bad = best_dots(queries, exists, items, stride_n, stride_r, row_scale, stride_scale, M, r,
+                                             users, present, rows, inside, C, D, USERS)  # fmt: skip
         reduced = tl.where(bad, float("nan"), reduced)
     scores = tl.div_rn(with_bias(reduced, bias, stride_bias, rows, inside), divisor)
     logarithm = tl.load(logarithms + users, mask=present, other=float("inf"))[None, :]
@@ -115,6 +133,7 @@ def partition_weights(
     options: ScanOptions,
     temperature: Tensor,
     part: slice,
+    card: Card,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(weights [B, M, n], shares [B, n], scores [B, n]) of some rows."""
     users, count, r = queries.shape
@@ -122,11 +141,12 @@ def partition_weights(
     weights, shares, scores = (queries.new_empty(shape) for shape in ((users, count, n), (users, n), (users, n)))
     grad, logarithms = grad.contiguous(), logarithms.contiguous()
     for group, call in calls(queries, table, options, GROUP):
-        tile = canonical_tile(len(call.queries), count)
+        tile, bounded, sizes = bound_queries(call, card)
+        tile = tile or canonical_tile(len(call.queries), count)
         weigh_rows[(-(-n // tile.rows), -(-len(call.queries) // tile.users))](
             weights[group], shares[group], scores[group], grad[group], logarithms[group], temperature, part.start, n,
-            len(call.queries), *call.scored, *call.masked, *call.excluded, count, r,
+            len(call.queries), *bounded, *call.scored, *call.masked, *call.excluded, count, r,
             C=tile.rows, D=tile.columns, USERS=tile.users, LOG_SUM_EXP=call.log_sum_exp, MASK_BITS=call.bits,
-            **EXACT, **MOST_REGISTERS,
+            **sizes, **EXACT, **MOST_REGISTERS,
         )  # fmt: skip
     return weights, shares, scores

@@ -10,6 +10,7 @@ import torch
 DENSE_ROWS = 8192  # below this many rows everything is scored at once: a scan has nothing to save
 DENSE_KEYS = 1 << 27  # of a dense call held at a time
 GROUP = 1024  # users of one scan
+BOUNDED_QUERIES = 16  # of a user, from where on telling which may win a row takes less than scoring all
 
 
 class Plan(NamedTuple):

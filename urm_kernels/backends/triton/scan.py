@@ -14,46 +14,9 @@ import triton.language as tl
 
 from .append import append, append_sparse
 from .canonical import allowed_rows, block_of
+from .rows import rows_at, squares_of
 
 _SIZES = ["N", "step", "tiles", "capacity", "B", "r"]
-
-
-_SQUARE = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $1, zero; }")
-
-
-@triton.jit
-def _squares(v, TENSOR_SQUARES: tl.constexpr):
-    """Squared lengths of the rows of a tile, at most 2^-8 too small.
-
-    Widening and adding bfloat16 squares is as much work as all the rest of a tile with few queries. With TENSOR_SQUARES
-    they are rounded in pairs, and the tensor core adds them: its sum is the same in every column.
-    """
-    if TENSOR_SQUARES:
-        squares = tl.inline_asm_elementwise(_SQUARE, "=r,r", [v], dtype=tl.bfloat16, is_pure=True, pack=2)
-        return tl.max(tl.dot(squares, tl.full([v.shape[1], 16], 1.0, tl.bfloat16)), 1)
-    else:
-        wide = v.to(tl.float32)
-        return tl.sum(wide * wide, 1)
-
-
-@triton.jit
-def _rows_at(pointers, inside, negative):
-    """The elements in the product's type: float8 becomes bfloat16, exactly. Rows that are `negative` change sign.
-
-    float8 products of the tensor cores would lose three of the queries' four digits, and keep about fourteen bits of a
-    sum; widening takes a few instructions of the time in which half as many bytes are read.
-    """
-    v = tl.load(pointers, mask=inside, other=0.0)
-    if v.dtype == tl.float8e4nv:
-        v = v.to(tl.bfloat16)
-    if negative is not None:
-        if v.dtype == tl.float32:
-            sign = tl.where(negative, -(2**31), 0).to(tl.int32)
-            v = (v.to(tl.int32, bitcast=True) ^ sign[:, None]).to(tl.float32, bitcast=True)
-        else:
-            sign = tl.where(negative, -(2**15), 0).to(tl.int16)
-            v = (v.to(tl.int16, bitcast=True) ^ sign[:, None]).to(v.dtype, bitcast=True)
-    return v
 
 
 @triton.jit
@@ -225,14 +188,14 @@ def scan(
         squares = tl.zeros([BLOCK_N], tl.float32)
         if WHOLE:
             inside = live[:, None] if EVEN_R else live[:, None] & (at < r)[None, :]
-            v = _rows_at(start + at[None, :].to(tl.int64) * stride_r, inside, negative)
+            v = rows_at(start + at[None, :].to(tl.int64) * stride_r, inside, negative)
             if not SAMPLE:
-                squares = _squares(v, TENSOR_SQUARES)
+                squares = squares_of(v, TENSOR_SQUARES)
         elif not SAMPLE:
             for first in range(0, R, BLOCK_R):
                 inside = live[:, None] & (first + at < r)[None, :]
-                v_part = _rows_at(start + (first + at)[None, :].to(tl.int64) * stride_r, inside, None)
-                squares += _squares(v_part, TENSOR_SQUARES)
+                v_part = rows_at(start + (first + at)[None, :].to(tl.int64) * stride_r, inside, None)
+                squares += squares_of(v_part, TENSOR_SQUARES)
         length = tl.sqrt(squares)
         row_bias = tl.zeros([BLOCK_N], tl.float32)
         if bias is not None:
@@ -255,7 +218,7 @@ def scan(
                     dots = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
                     for first in range(0, R, BLOCK_R):
                         inside = live[:, None] & (first + at < r)[None, :]
-                        v_part = _rows_at(start + (first + at)[None, :].to(tl.int64) * stride_r, inside, negative)
+                        v_part = rows_at(start + (first + at)[None, :].to(tl.int64) * stride_r, inside, negative)
                         q_part = tl.load(
                             rounded + columns[None, :] * R + (first + at)[:, None], mask=present, other=0.0
                         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from ..table_view import ScanOptions, TableView
 from . import queries as query_kernels
 from . import radix, rescore
 from .call import FUSED, MOST_REGISTERS, Call, calls
-from .plan import Card, Plan, Tile, choose_tile, make_plan, padded, relative_error
+from .plan import BOUNDED_QUERIES, CanonicalTile, Card, Plan, Tile, choose_tile, make_plan, padded, relative_error
 from .scan import scan as scan_kernel
 
 # Of the product on the tensor cores, by the table's.
@@ -120,6 +120,32 @@ def prepare(call: Call, k: int) -> _Prepared:
         **FUSED,
     )
     return prepared
+
+
+def bound_queries(call: Call, card: Card) -> tuple[CanonicalTile | None, tuple[Tensor | None, ...], dict[str, Any]]:
+    """(tile, arguments, sizes) for winners.py where a user has so many queries that bounding them first pays, in
+    instructions; else (None, nothing for the arguments, sizes that mean nothing)."""
+    count = call.queries.shape[1]
+    if call.log_sum_exp or count < BOUNDED_QUERIES:
+        return None, (None,) * 4, {"BLOCK_C": 0, "BLOCK_R": 0, "M_PAD": 0, "R": 0, "TENSOR_SQUARES": False}
+    prepared = prepare(call, 0)
+    _, m_pad, r_pad = prepared.rounded.shape
+    itemsize = prepared.rounded.element_size()
+    whole = r_pad * itemsize <= 512
+    sizes = {
+        "BLOCK_C": min(m_pad, 64),
+        "BLOCK_R": r_pad if whole else 128 // itemsize,
+        "num_warps": 4 if whole else 8,  # addresses of rows that are read in parts take registers
+        "M_PAD": m_pad,
+        "R": r_pad,
+        "TENSOR_SQUARES": _squares_by_tensor_core(prepared, card),
+    }
+    arguments = (prepared.rounded, prepared.inverse_scale, prepared.length_slack, prepared.fixed_slack)
+    return CanonicalTile(64, 1, 1), arguments, sizes
+
+
+def _squares_by_tensor_core(prepared: _Prepared, card: Card) -> bool:
+    return prepared.rounded.dtype == torch.bfloat16 and card.adds_squares
 
 
 def _excess(call: Call) -> tuple[float, float]:
@@ -277,7 +303,7 @@ def _launch_scan(
         MASK_PER_USER=call.mask is not None and call.mask.dim() == 2,
         GATHERED=gathered,
         SPARSE=tile.owns_scores(card),
-        TENSOR_SQUARES=prepared.rounded.dtype == torch.bfloat16 and card.adds_squares,
+        TENSOR_SQUARES=_squares_by_tensor_core(prepared, card),
         STAGES=tile.stages,
         num_warps=tile.warps,
         **(MOST_REGISTERS if tile.block_r < r_pad or card.capability >= 100 else {}),
