@@ -46,7 +46,10 @@ class Card(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """One configuration of the scan; block_c counts columns (queries), per_sm programs a multiprocessor."""
+    """One configuration of the scan: at most block_c columns (queries) at a time, per_sm programs a multiprocessor.
+
+    block_r: elements of a row at a time, 0 for whole rows. swap: see the scan's _product.
+    """
 
     block_n: int
     block_c: int
@@ -59,6 +62,46 @@ class Tile(NamedTuple):
     def owns_scores(self, card: Card) -> bool:
         """Whether every score of a tile is one thread's alone. Ampere's warps lie one below the other, 16 rows each."""
         return not card.interpreted and (card.capability >= 90 or self.block_n >= 16 * self.warps)
+
+
+class Tiles(NamedTuple):
+    """An architecture's tiles. few: up to 32 columns; some: up to 128; users: many users of one query; many: the rest;
+    wide: rows of more than 512 bytes, read in parts by addresses that take registers."""
+
+    few: Tile
+    some: Tile
+    users: Tile
+    many: Tile
+    wide: Tile
+
+
+_WIDE = Tile(64, 64, 64, 8, 2, 2)
+
+# By compute capability, the next lower one where there is none. Hopper's are measured at r = 128 (bench/tune_scan.py,
+# which tunes another card on request); the others are chosen so that nothing spills (docs/kernels.md).
+TILES = {
+    80: Tiles(
+        few=Tile(64, 32, 0, 4, 3, 4),
+        some=Tile(128, 128, 0, 8, 2, 1),
+        users=Tile(128, 64, 0, 8, 3, 2),
+        many=Tile(64, 64, 0, 4, 3, 3),
+        wide=_WIDE,
+    ),
+    90: Tiles(
+        few=Tile(64, 32, 0, 4, 3, 4),
+        some=Tile(64, 128, 0, 4, 3, 3),
+        users=Tile(128, 64, 0, 8, 3, 2, swap=True),
+        many=Tile(64, 64, 0, 4, 3, 3),
+        wide=_WIDE,
+    ),
+    100: Tiles(
+        few=Tile(64, 32, 0, 8, 3, 4),
+        some=Tile(64, 128, 0, 4, 3, 3),
+        users=Tile(128, 64, 0, 8, 3, 2, swap=True),
+        many=Tile(64, 64, 0, 4, 3, 3),
+        wide=_WIDE,
+    ),
+}
 
 
 def make_plan(users: int, rows: int, wanted: int) -> Plan:
@@ -89,24 +132,20 @@ def padded(size: int, least: int = 1) -> int:
 
 
 def choose_tile(columns: int, m_pad: int, r_pad: int, itemsize: int, capability: int) -> Tile:
-    """The scan's tile for B * m_pad columns of r_pad elements.
-
-    Measured by bench/tune_scan.py on Hopper at r = 128; elsewhere chosen so that nothing spills (docs/kernels.md).
-    """
+    """The scan's tile for B * m_pad columns of r_pad elements."""
+    tiles = TILES[max((key for key in TILES if key <= capability), default=min(TILES))]
     row_bytes = r_pad * itemsize
-    stages = 3 if row_bytes <= 256 else 2
-    if row_bytes > 512:  # read in parts, by addresses that take registers
-        return Tile(64, min(padded(columns, 16), 64), 128 // itemsize, 8, 2, 2)
-    block_r = r_pad
-    if columns <= 32:
-        return Tile(64, padded(columns, 16), block_r, 4 if capability < 100 else 8, stages, 4)
-    if columns <= 128 and capability < 90:
-        return Tile(128, padded(columns), block_r, 8, 2, 1)
-    if columns <= 128:
-        return Tile(64, padded(columns), block_r, 4, stages, 3)
-    if m_pad == 1:
-        return Tile(128, 64, block_r, 8, stages, 2, capability >= 90)
-    return Tile(64, 64, block_r, 4, stages, 3)
+    if row_bytes > 512:
+        tile = tiles.wide
+    elif columns <= 128:
+        tile = tiles.few if columns <= 32 else tiles.some
+    else:
+        tile = tiles.users if m_pad == 1 else tiles.many
+    return tile._replace(
+        block_c=min(padded(columns, 16), tile.block_c),
+        block_r=tile.block_r * 2 // itemsize or r_pad,
+        stages=tile.stages if row_bytes <= 256 else 2,  # or several programs would not fit into shared memory
+    )
 
 
 class CanonicalTile(NamedTuple):
