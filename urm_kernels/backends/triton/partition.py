@@ -60,7 +60,7 @@ def _held(top):
     return top[:, None] - ((top[:, None] - tl.arange(0, GROUPS)[None, :]) & (GROUPS - 1))
 
 
-@triton.jit(do_not_specialize=["depth", "N", "B", "E", "M"])
+@triton.jit(do_not_specialize=["depth", "N", "tiles", "B", "E", "M"])
 def add_exponentials(
     tops,
     sums,
@@ -68,6 +68,7 @@ def add_exponentials(
     depth,
     temperature,
     N,
+    tiles,
     B,
     rounded,
     inverse_scale,
@@ -113,7 +114,7 @@ def add_exponentials(
     huge = tl.full([C, USERS], float("-inf"), tl.float32)
     total = tl.zeros([C, USERS, GROUPS], tl.int64)
     place = tl.arange(0, GROUPS)[None, None, :]
-    for tile in range(tl.program_id(0), tl.cdiv(N, C), tl.num_programs(0)):
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         rows = block_of(tile, C)
         inside = rows < N
         if rounded is not None:
@@ -196,13 +197,14 @@ def log_partition(queries: Tensor, table: TableView, options: ScanOptions, tempe
         tile = tile or canonical_tile(users, count, most_sums=256)
         blocks = -(-users // tile.users)
         programs = max(_LEAST_PROGRAMS, -(-4 * card.processors // blocks))
-        programs = min(programs, -(-rows // tile.rows))
+        tiles = -(-rows // tile.rows)
+        programs = min(programs, tiles)
         tops = torch.empty((programs, users), dtype=torch.int32, device=queries.device)
         sums = torch.empty((programs, users, GROUPS.value), dtype=torch.int64, device=queries.device)
         largest = queries.new_empty((programs, users))
         add_exponentials[(programs, blocks)](
-            tops, sums, largest, depth, temperature, rows, users, *bounded, *call.scored, *call.masked, *call.excluded,
-            count, r, C=tile.rows, D=tile.columns, USERS=tile.users, LOG_SUM_EXP=call.log_sum_exp,
+            tops, sums, largest, depth, temperature, rows, tiles, users, *bounded, *call.scored, *call.masked,
+            *call.excluded, count, r, C=tile.rows, D=tile.columns, USERS=tile.users, LOG_SUM_EXP=call.log_sum_exp,
             MASK_BITS=call.bits, **sizes, **EXACT, **MOST_REGISTERS,
         )  # fmt: skip
         logarithms_of_sums[(users,)](
