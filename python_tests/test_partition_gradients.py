@@ -10,7 +10,7 @@ from test_bits import on
 from test_gradients import by_torch as scores_by_torch
 from test_partition import EXISTS, assert_equal_bits
 
-from urm_kernels import log_partition
+from urm_kernels import ItemTable, log_partition, score_candidates, score_topk
 from urm_kernels.testing import allowed_rows, available_backends, forced, make_items, make_queries, three_way_error
 
 
@@ -241,3 +241,35 @@ def test_ctrl_c_ends_a_long_scan_and_the_process_can_call_again(monkeypatch):
     code = code.replace("import score_topk", "import log_partition, score_topk")
     monkeypatch.setattr(test_concurrency, "LONG", code)
     test_concurrency.test_ctrl_c_ends_a_long_scan_and_the_process_can_call_again(monkeypatch, 100, 16)
+
+
+@pytest.mark.parametrize("scale", [INF, -INF, NAN])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_the_scale_of_a_row_that_takes_no_part_does_not_matter(backend, device, reduce, scale):
+    queries, items = torch.randn(2, 3, 6, device=device, requires_grad=True), torch.randn(40, 6, device=device)
+    mask = torch.ones(40, dtype=torch.bool, device=device)
+    mask[7] = False
+    found = []
+    for value in (1.0, scale):
+        scales = torch.ones(40, device=device)
+        scales[[7, 9]] = value
+        table = ItemTable(items, row_scale=scales)
+        table.remove(torch.tensor([9], device=device))
+        result = log_partition(queries, table, mask=mask, reduce=reduce, backend=backend)
+        found.append(torch.autograd.grad(result.sum(), queries)[0])
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("function", ["score_topk", "score_candidates"])
+def test_the_scale_of_the_row_that_stands_for_pads_does_not_matter(backend, device, function):
+    queries = torch.randn(2, 3, 6, device=device, requires_grad=True)
+    scales = torch.ones(40, device=device)
+    scales[0] = INF
+    table = ItemTable(torch.randn(40, 6, device=device), row_scale=scales)
+    if function == "score_topk":
+        mask = torch.zeros(40, dtype=torch.bool, device=device)
+        mask[3:6] = True
+        scores = score_topk(queries, table, 5, mask=mask, backend=backend).scores[:, :3]
+    else:
+        scores = score_candidates(queries, table, torch.tensor([3, 4, -1], device=device), backend=backend)[:, :2]
+    assert torch.autograd.grad(scores.sum(), queries)[0].isfinite().all()

@@ -114,6 +114,20 @@ def test_extremes_are_never_pruned(device):
     assert_equals_reference(queries, items, 20)
 
 
+@pytest.mark.parametrize("scaled_rows", [False, True])
+def test_the_slack_of_denormal_queries_is_no_slack(device, scaled_rows):
+    # 257 and 512 units of the smallest number: rounding costs 1.4 units, which as a float32 is one.
+    unit, large = 2.0**-149, 2.0**40
+    queries = torch.tensor([[[257 * unit, 257 * unit, -512 * unit]]], device=device)
+    items = torch.zeros(ROWS, 3, device=device)
+    items[:, 2], items[100:900, 2], items[4001] = 256, -1.875 / 2, 256
+    if scaled_rows:
+        table = scaled(items.to(torch.float8_e4m3fn), torch.full((ROWS,), large))
+    else:
+        table = (items * (large / 256)).bfloat16()
+    assert ids_of(assert_equals_reference(queries, table, 5))[0][0] == 4001
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e-44, 3e37])
 def test_queries_of_any_size(device, size):
     queries, items = data(device, users=1, count=1, r=8)

@@ -53,7 +53,7 @@ def row_gradients(
         weight = (weight * grad_scores[part][:, None]).masked_fill(idle[:, None], 0)
         taken = ids[part].clamp(min=0)
         if table.row_scale is not None:
-            weight = weight * table.row_scale[taken].to(dtype)[:, None]
+            weight = _times(weight, table.row_scale[taken].to(dtype)[:, None])
         values = gather_rows(table.items, taken).to(dtype).masked_fill(idle[..., None], 0)
         grad_queries[part] = _existing(weight @ values, exists)
         if rows:
@@ -142,8 +142,13 @@ def _partition_weights(
     weight = query_weights(dots, exist, options.reduce).to(grad.dtype)
     weight = (weight * share[:, None]).masked_fill((share == 0)[:, None], 0)
     if table.row_scale is not None:
-        weight = weight * table.row_scale[part].to(grad.dtype)
+        weight = _times(weight, table.row_scale[part].to(grad.dtype))
     return weight, share, scores
+
+
+def _times(weight: Tensor, row_scale: Tensor) -> Tensor:
+    """What has no weight has none whatever the row's scale is."""
+    return (weight * row_scale).masked_fill(weight == 0, 0)
 
 
 def _all_exist(queries: Tensor) -> Tensor:

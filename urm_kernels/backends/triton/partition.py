@@ -108,6 +108,7 @@ def add_exponentials(
     """
     users = block_of(tl.program_id(1), USERS)
     present = users < B
+    known = tl.where(present, users, 0)
     served = any_query(exists, users, present, M, USERS, D // USERS)
     divisor = tl.zeros([C, USERS], tl.float32) + tl.load(temperature)
     top = tl.full([USERS], NO_GROUP, tl.int32)
@@ -133,8 +134,8 @@ def add_exponentials(
         live = inside[:, None] & served[None, :] & (scores == scores)
         live = allowed_rows(mask, mask_stride_user, mask_stride_row, users[None, :], rows[:, None], live, MASK_BITS)
         if exclude is not None:  # noqa: SIM102  # the first is the compiler's, the second the kernel's
-            if some_excluded(exclude, E, users, present, (tl.zeros([], tl.int64) + tile) * C, C):
-                live = live & (excluded_rows(exclude, E, tl.where(present, users, 0)[None, :], rows[:, None]) == 0)
+            if some_excluded(exclude, E, known, present, (tl.zeros([], tl.int64) + tile) * C, C):
+                live = live & (excluded_rows(exclude, E, known[None, :], rows[:, None]) == 0)
         ordinary = live & (tl.abs(scores) < HUGE)
         huge = tl.maximum(huge, tl.where(live & (ordinary == 0), scores, float("-inf")))
         exponents, mantissas = _split_exponential(tl.where(ordinary, scores, 0.0))

@@ -120,7 +120,7 @@ def weigh_rows(
         own = tl.reshape(tl.broadcast_to(share[:, :, None], [C, USERS, P]), [C, D])
         weight = tl.where(own == 0, 0.0, part * own)
         if row_scale is not None:
-            weight *= size
+            weight = tl.where(weight == 0, 0.0, weight * size)
         exist = tl.reshape(present[:, None] & (first + tl.arange(0, P) < M)[None, :], [D])
         tl.store(weights + columns[None, :] * n + slots[:, None], weight, mask=inside[:, None] & exist[None, :])
 

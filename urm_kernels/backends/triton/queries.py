@@ -123,6 +123,8 @@ def prepare_queries(
     # The factor pays for the roundings of both lengths, of a row's length and of the bound itself.
     slack = (lost + relative_error * length) * inverse * (1.003 + r * 1.2e-7) + reduce_relative * length * inverse
     slack = tl.where(length * inverse < 1.152921504606846976e18, slack, float("inf"))  # 2^60: no overflow is possible
+    # Below 2^-100 the slack itself would be rounded to a few bits. (Zeros have none.)
+    slack = tl.where((largest > 0) & (largest < 7.888609052210118e-31), float("inf"), slack)
     served = (first < M) & (nan == 0)
     tl.store(inverse_scale + user, inverse)
     tl.store(length_slack + user, tl.where(served, slack, 0.0))
