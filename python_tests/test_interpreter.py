@@ -14,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import triton
     import triton.language as tl
     import triton_interpreter
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder
 
     @triton.jit
@@ -28,6 +29,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         tl.store(out + square, tl.dot(tl.load(a + square), tl.load(b + square)))
 
     @triton.jit
+    def there_and_back(x, wide, y, half, COUNT: tl.constexpr):
+        at = tl.arange(0, COUNT)
+        tl.store(wide + at, tl.load(x + at).to(tl.float32))
+        tl.store(half + at, tl.load(y + at).to(tl.bfloat16))
+
+    @triton.jit
     def widen(x, wide, half):
         at = tl.arange(0, 256)
         values = tl.load(x + at)
@@ -40,6 +47,7 @@ def mended(request, monkeypatch):
     if not request.param:
         for name, function in triton_interpreter.unmended.items():
             monkeypatch.setattr(InterpreterBuilder, name, function)
+        monkeypatch.setattr(interpreter, "_convert_float", triton_interpreter.unmended_conversion)
     return request.param
 
 
@@ -64,3 +72,13 @@ def test_float8_values(mended):
     widen[(1,)](values, wide, half)
     assert torch.equal(wide.nan_to_num(999), values.float().nan_to_num(999)) == mended
     assert torch.equal(half.float().nan_to_num(999), values.float().nan_to_num(999)) == mended
+
+
+def test_bfloat16_values(mended):
+    count = 1 << 16
+    values = torch.arange(count, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    between = torch.cat([values[:-1].float() * 1.003, torch.tensor([259.0])])
+    wide, half = torch.empty(count), torch.empty(count, dtype=torch.bfloat16)
+    there_and_back[(1,)](values, wide, between, half, COUNT=count)
+    assert torch.equal(wide.nan_to_num(9), values.float().nan_to_num(9)) == mended
+    assert torch.equal(half.float().nan_to_num(9), between.bfloat16().float().nan_to_num(9)) == mended

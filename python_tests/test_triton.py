@@ -20,6 +20,17 @@ pytestmark = pytest.mark.skipif(
     reason="neither a CUDA device nor Triton's interpreter (TRITON_INTERPRET=1)",
 )
 
+if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    import triton
+    import triton.language as tl
+
+    from urm_kernels.backends.triton.radix import BINS, PASSES, _prefix
+
+    @triton.jit
+    def first_digit(histograms, out):
+        tl.store(out + tl.arange(0, 1), _prefix(histograms, tl.zeros([], tl.int64) + 10, 1) + tl.zeros([1], tl.int64))
+
+
 ROWS = 8300  # above plan.DENSE_ROWS
 
 
@@ -168,6 +179,15 @@ def make_step(rows, k):
     plan = make_plan(1, rows, k)
     assert not plan.dense and plan.step > 1
     return plan.step
+
+
+@pytest.mark.parametrize("count", [2**31 - 1, 2**31, 3 * 10**9])
+def test_digits_that_two_billion_rows_share_are_counted_without_a_sign(device, count):
+    histograms = torch.zeros(PASSES.value * BINS.value, dtype=torch.int64)
+    histograms[1500], histograms[100] = count, 50
+    out = torch.zeros(1, dtype=torch.int64, device=device)
+    first_digit[(1,)](histograms.to(torch.int32).to(device), out)
+    assert out.item() == 1500 - BINS.value // 2
 
 
 def test_fewer_allowed_than_wanted(device):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import INF, NAN, bits
 
-from urm_kernels import ItemTable, log_partition
+from urm_kernels import ItemTable, log_partition, score_topk
 from urm_kernels.backends.triton.plan import BOUNDED_QUERIES
 from urm_kernels.testing import make_items, make_queries
 
@@ -111,3 +111,29 @@ def test_the_lowest_of_equal_queries_gets_the_gradient(device):
     exists[1, :20] = False
     _, gradient = assert_same(queries, torch.randn(60, 8), device, query_mask=exists)
     assert (gradient[0, 30:] == 0).all() and (gradient[1, :20] == 0).all() and (gradient[1, 30:] != 0).any()
+
+
+@pytest.mark.parametrize("scale", [1e-31, -1e-31, 3e-38, 1e-42])
+def test_scaled_dots_that_vanish_tie(device, scale):
+    queries = torch.full((1, 20, 4), 1e-28) * torch.linspace(1, 2, 20)[None, :, None]
+    queries[0, 3] *= -1
+    found = []
+    for backend in ("triton", "reference"):
+        place = device if backend == "triton" else torch.device("cpu")
+        leaf = queries.to(place, copy=True).requires_grad_()
+        table = ItemTable(torch.full((3, 4), 1e12, device=place), row_scale=torch.full((3,), scale, device=place))
+        (gradient,) = torch.autograd.grad(log_partition(leaf, table, backend=backend).sum(), leaf)
+        found.append(gradient[0, :, 0].nonzero().flatten().tolist())
+    assert found[0] == found[1] and found[0]
+
+
+def test_one_query_needs_no_logarithm(device):
+    queries, items = torch.randn(3, 1, 8), torch.randn(200, 8)
+    items[3], items[4, 0] = -INF, NAN
+    exists = torch.tensor([[True], [False], [True]])
+    for function in (log_partition, lambda *given, **options: score_topk(*given, 200, **options).scores):
+        ours = function(
+            queries.to(device), items.to(device), reduce="logsumexp", query_mask=exists.to(device), backend="triton"
+        )
+        wanted = function(queries, items, reduce="logsumexp", query_mask=exists, backend="reference")
+        assert torch.equal(bits(ours), bits(wanted))

@@ -10,11 +10,13 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
 import torch
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _convert_float
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from urm_kernels.backends.canonical import fma32
 
 unmended = {name: getattr(InterpreterBuilder, name) for name in ("create_fma", "create_dot", "create_fp_to_fp")}
+unmended_conversion = interpreter._convert_float
 
 
 def _create_fma(self, x, y, z):
@@ -36,6 +38,16 @@ def _create_dot(self, a, b, *rest):
     return unmended["create_dot"](self, widened(a), widened(b), *rest)
 
 
+def _convert_float(values, source, target, rounding):
+    """Bits of `target`: denormal bfloat16 are numbers, and rounding to it is to nearest, not towards zero."""
+    if (source, target) == (tl.bfloat16, tl.float32):
+        return values.view(np.uint16).astype(np.uint32) << 16
+    if (source, target) == (tl.float32, tl.bfloat16):
+        nearest = torch.from_numpy(np.ascontiguousarray(values)).view(torch.float32).bfloat16()
+        return nearest.view(torch.int16).numpy().view(np.uint16)
+    return unmended_conversion(values, source, target, rounding)
+
+
 def _create_fp_to_fp(self, src, *rest):
     """The largest number of float8 e4m3's bits is NaN; the interpreter takes it for 480."""
     result = unmended["create_fp_to_fp"](self, src, *rest)
@@ -48,6 +60,7 @@ def _create_fp_to_fp(self, src, *rest):
 def mend():
     InterpreterBuilder.create_fma, InterpreterBuilder.create_dot = _create_fma, _create_dot
     InterpreterBuilder.create_fp_to_fp = _create_fp_to_fp
+    interpreter._convert_float = _convert_float
 
 
 mend()

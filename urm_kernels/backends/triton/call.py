@@ -82,7 +82,9 @@ def calls_of_users(
         asked, exists = queries[part].contiguous(), None if query_mask is None else query_mask[part].contiguous()
         if reduce in ("sum", "mean"):
             asked, exists = _combine(asked, exists, reduce)
-        yield part, Call(asked, exists, table.items, table.row_scale, table.bias, None, None, reduce == "logsumexp")
+        # Of one query it is the dot itself, in the same bits.
+        log_sum_exp = reduce == "logsumexp" and asked.shape[1] > 1
+        yield part, Call(asked, exists, table.items, table.row_scale, table.bias, None, None, log_sum_exp)
 
 
 def _combine(queries: Tensor, exists: Tensor | None, reduce: str) -> tuple[Tensor, Tensor]:

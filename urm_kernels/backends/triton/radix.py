@@ -49,7 +49,7 @@ def _prefix(histograms, want, step):
     prefix = tl.zeros([], tl.int64)
     remaining = want
     for earlier in range(0, step):
-        found = tl.load(histograms + earlier * BINS + bins, cache_modifier=".cg").to(tl.int64)
+        found = unsigned_counts(tl.load(histograms + earlier * BINS + bins, cache_modifier=".cg"))
         from_top = tl.cumsum(found, 0, reverse=True)
         # Fewer keys than wanted: take them all.
         remaining = tl.minimum(remaining, tl.max(from_top, 0))

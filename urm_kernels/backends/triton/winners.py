@@ -109,7 +109,10 @@ def winning_dots(
     slack = tl.load(length_slack + user) * tl.sqrt(squares) + tl.load(fixed_slack + user)
     limit = most - slack * (2.0 / tl.load(inverse_scale + user))
     if row_scale is not None:
-        limit = tl.where(tl.abs(size) < float("inf"), limit, float("-inf"))  # infinite times zero would be NaN
+        # Scaled dots that vanish tie, however they differ; infinite times zero would be NaN.
+        size = tl.abs(size)
+        vanishing = tl.div_rn(tl.full([C], 2.802596928649634e-45, tl.float32), size) / tl.load(inverse_scale + user)
+        limit = tl.where(size < float("inf"), limit - vanishing, float("-inf"))
     largest = tl.full([C], float("-inf"), tl.float32)
     winner = tl.zeros([C], tl.int32)
     bad = tl.zeros([C], tl.int32)
