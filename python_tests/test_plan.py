@@ -51,12 +51,17 @@ def test_workspaces_at_a_hundred_million_rows():
 @pytest.mark.parametrize(
     ("users", "m_pad"), [(1, 1), (1, 8), (1, 128), (1, 1024), (8, 16), (64, 1), (1024, 1), (500, 4)]
 )
-def test_tiles_suit_the_tensor_core(users, m_pad, r_pad, itemsize, capability):
-    tile = plan.choose_tile(users * m_pad, m_pad, r_pad, itemsize, capability)
+@pytest.mark.parametrize(
+    "options", [(), ("own_masks",), ("scaled",), ("log_sum_exp",), ("own_masks", "scaled", "log_sum_exp")], ids=str
+)
+def test_tiles_suit_the_tensor_core(users, m_pad, r_pad, itemsize, capability, options):
+    tile = plan.choose_tile(users * m_pad, m_pad, r_pad, itemsize, capability, **dict.fromkeys(options, True))
     sizes = (tile.block_n, tile.block_c, tile.block_r)
     assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
     assert tile.block_r * itemsize <= 512 and r_pad % tile.block_r == 0
-    assert tile.block_c <= 128 and (users * m_pad <= tile.block_c or tile.block_c >= 64)
+    assert tile.block_c <= 128 and (users * m_pad <= tile.block_c or tile.block_c >= 64 or options)
+    if "own_masks" in options:
+        assert tile.block_c <= 16 * m_pad
     assert not tile.swap or m_pad == 1  # a maximum over queries would be one across threads
 
 

@@ -231,6 +231,12 @@ def test_many_users_of_scaled_rows(device):
     assert_equals_reference(queries, scaled(items, scale), 5)
 
 
+@pytest.mark.parametrize(("users", "count"), [(40, 1), (18, 2)])
+def test_many_users_with_masks_of_their_own(device, users, count):
+    queries, items = data(device, users=users, count=count, r=8, dtype=torch.bfloat16)
+    assert_equals_reference(queries, items, 5, mask=packed(torch.rand(users, ROWS) < 0.3).to(device))
+
+
 def test_scaled_dots_that_overflow_or_vanish(device):
     # Beside scores near the largest float32, and near the smallest.
     queries, items = data(device, users=1, count=2, r=8)

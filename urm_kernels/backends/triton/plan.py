@@ -131,18 +131,38 @@ def padded(size: int, least: int = 1) -> int:
     return max(least, 1 << max(size - 1, 0).bit_length())
 
 
-def choose_tile(columns: int, m_pad: int, r_pad: int, itemsize: int, capability: int) -> Tile:
-    """The scan's tile for B * m_pad columns of r_pad elements."""
+def choose_tile(
+    columns: int,
+    m_pad: int,
+    r_pad: int,
+    itemsize: int,
+    capability: int,
+    *,
+    own_masks: bool = False,
+    scaled: bool = False,
+    log_sum_exp: bool = False,
+) -> Tile:
+    """The scan's tile for B * m_pad columns of r_pad elements.
+
+    What takes registers beside them makes the tile narrower: own_masks, of every user, log_sum_exp, and scaled rows on
+    Ampere or where rows are read in parts.
+    """
     tiles = TILES[max((key for key in TILES if key <= capability), default=min(TILES))]
     row_bytes = r_pad * itemsize
+    most = 16 * m_pad if own_masks else columns
     if row_bytes > 512:
         tile = tiles.wide
-    elif columns <= 128:
-        tile = tiles.few if columns <= 32 else tiles.some
+    elif min(columns, most) <= 128:
+        tile = tiles.few if min(columns, most) <= 32 else tiles.some
     else:
         tile = tiles.users if m_pad == 1 else tiles.many
+    block_c = min(padded(columns, 16), tile.block_c, padded(most, 16))
+    narrower = 2 if log_sum_exp else 1
+    if scaled:
+        narrower *= 4 if capability < 90 and m_pad > 1 else 2 if row_bytes > 512 else 1
+    block_c = max(block_c // narrower, 16)
     return tile._replace(
-        block_c=min(padded(columns, 16), tile.block_c),
+        block_c=block_c,
         block_r=tile.block_r * 2 // itemsize or r_pad,
         stages=tile.stages if row_bytes <= 256 else 2,  # or several programs would not fit into shared memory
     )

@@ -207,7 +207,7 @@ def scan(
                 scale, most, rise, least = _user_terms(users, B, inverse_scale, reach, slope, fixed, SAMPLE, SCALED)
             best = tl.full([BLOCK_N, USERS], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_N, USERS], tl.float32)
-            for part in tl.static_range(PARTS):
+            for part in range(PARTS):
                 columns = _query_of(tl.arange(0, BLOCK_C), block * PARTS + part, USERS, P)
                 present = columns[None, :] < B * M_PAD
                 if WHOLE:

@@ -162,7 +162,17 @@ def _dense_keys(call: Call, k: int) -> _Keys:
     tile = call.canonical_tile
     grid = (-(-rows // tile["C"]), users)
     rescore.score_all[grid](
-        keys, rows, wanted, *call.scored, *call.masked, *call.excluded, count, r, MASK_BITS=call.bits, **tile
+        keys,
+        rows,
+        wanted,
+        *call.scored,
+        *call.masked,
+        *call.excluded,
+        count,
+        r,
+        MASK_BITS=call.bits,
+        **tile,
+        **MOST_REGISTERS,
     )
     return _Keys(keys)
 
@@ -179,7 +189,7 @@ def _surviving_keys(call: Call, k: int, plan: Plan, card: Card) -> _Keys:
     tile = call.canonical_tile
     rescore.rescore[(-(-plan.capacity // tile["C"]), users)](
         keys, counts, plan.capacity, limits.thresholds, proofs, prepared.wanted, *call.scored, *call.excluded, count, r,
-        **tile,
+        **tile, **MOST_REGISTERS,
     )  # fmt: skip
     unproven = torch.empty(1, dtype=torch.int64, device=device)
     # Programs wait for each other; interpreted ones run one after the other.
@@ -253,7 +263,9 @@ def scan_rows(
 
 def _tile(call: Call, prepared: _Prepared, card: Card) -> Tile:
     users, m_pad, r_pad = prepared.rounded.shape
-    return choose_tile(users * m_pad, m_pad, r_pad, prepared.rounded.element_size(), card.capability)
+    sizes = (users * m_pad, m_pad, r_pad, prepared.rounded.element_size(), card.capability)
+    own_masks = call.mask is not None and call.mask.dim() == 2
+    return choose_tile(*sizes, own_masks=own_masks, scaled=call.row_scale is not None, log_sum_exp=call.log_sum_exp)
 
 
 def _launch_scan(
@@ -273,6 +285,9 @@ def _launch_scan(
     _, m_pad, r_pad = prepared.rounded.shape
     tiles = -(-rows // tile.block_n)
     bias_stride = 0 if call.bias is None else call.bias.stride(0)
+    # Where tiles were measured, the assembler's own choice was.
+    measured = 90 <= card.capability < 100 and tile.block_r >= r_pad and tile.block_c >= m_pad
+    measured = measured and not call.log_sum_exp and call.row_scale is None
     scan_kernel[(min(tiles, card.processors * tile.per_sm),)](
         *call.table,
         rows,
@@ -306,6 +321,6 @@ def _launch_scan(
         TENSOR_SQUARES=_squares_by_tensor_core(prepared, card),
         STAGES=tile.stages,
         num_warps=tile.warps,
-        **(MOST_REGISTERS if tile.block_r < r_pad or card.capability >= 100 else {}),
+        **({} if measured else MOST_REGISTERS),
         **FUSED,
     )
