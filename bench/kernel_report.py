@@ -84,6 +84,9 @@ CASES = [
     Case(BFLOAT16, 128, 2, 100, "logsumexp", True, row_scale=True),
     Case(BFLOAT16, 128, 1, 200),
     Case(FLOAT16, 300, 64, 1, row_scale=True),
+    Case(FLOAT32, 128, 8, 16),
+    Case(FLOAT32, 128, 1, 8, "logsumexp", row_scale=True),
+    Case(BFLOAT16, 256, 64, 4, filtered=True),
 ]
 
 

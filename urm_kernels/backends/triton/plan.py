@@ -144,27 +144,29 @@ def choose_tile(
 ) -> Tile:
     """The scan's tile for B * m_pad columns of r_pad elements.
 
-    What takes registers beside them makes the tile narrower: own_masks, of every user, log_sum_exp, and scaled rows on
-    Ampere or where rows are read in parts.
+    What takes registers beside them makes the tile narrower: own_masks, of every user, scaled rows, log_sum_exp, long
+    rows, on Ampere most. Found by compiling (docs/gpu.md).
     """
     tiles = TILES[max((key for key in TILES if key <= capability), default=min(TILES))]
     row_bytes = r_pad * itemsize
     most = 16 * m_pad if own_masks else columns
-    if row_bytes > 512:
+    long = row_bytes > 256
+    if row_bytes > 512 or (long and (scaled or log_sum_exp)):
         tile = tiles.wide
     elif min(columns, most) <= 128:
         tile = tiles.few if min(columns, most) <= 32 else tiles.some
     else:
         tile = tiles.users if m_pad == 1 else tiles.many
-    block_c = min(padded(columns, 16), tile.block_c, padded(most, 16))
     narrower = 2 if log_sum_exp else 1
     if scaled:
-        narrower *= 4 if capability < 90 and m_pad > 1 else 2 if row_bytes > 512 else 1
-    block_c = max(block_c // narrower, 16)
+        narrower *= 4 if capability < 90 and m_pad > 1 else 2 if tile is tiles.wide else 1
+    if long and tile is not tiles.wide:
+        narrower *= 4 if capability < 90 else 2 if tile is tiles.many or own_masks else 1
+    block_c = max(min(padded(columns, 16), tile.block_c, padded(most, 16)) // narrower, 16)
     return tile._replace(
         block_c=block_c,
         block_r=tile.block_r * 2 // itemsize or r_pad,
-        stages=tile.stages if row_bytes <= 256 else 2,  # or several programs would not fit into shared memory
+        stages=2 if long else tile.stages,  # or several programs would not fit into shared memory
     )
 
 
