@@ -76,17 +76,24 @@ def recorded(architecture: int) -> Iterator[list[Launch]]:
 
 
 class Resources(NamedTuple):
-    """Of one kernel: registers a thread, bytes of stack a thread, bytes of shared memory, counts of instructions."""
+    """Of one kernel: registers a thread, bytes of stack a thread, bytes of shared memory, counts of instructions.
+
+    loops: instructions of each loop, those of loops within it included.
+    """
 
     registers: int
     stack: int
     shared: int
     spills: int
     instructions: dict[str, int]
+    loops: list[int]
 
 
 # What shows which unit does the work: matrix products, copies that skip the registers, spills.
 _TELLING = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCMMA", "LDGSTS", "UTMALDG", "LDG.E.128", "ATOMG", "STL", "LDL")
+
+
+_LOOP = 30  # instructions
 
 
 def resources(launch: Launch) -> Resources:
@@ -99,9 +106,23 @@ def resources(launch: Launch) -> Resources:
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     found = {name: len(re.findall(rf"\b{re.escape(name)}", code)) for name in _TELLING}
     spills = found["STL"] + found["LDL"]
-    return Resources(
-        registers, stack, launch.compiled.metadata.shared, spills, {name: n for name, n in found.items() if n}
-    )
+    told = {name: n for name, n in found.items() if n}
+    return Resources(registers, stack, launch.compiled.metadata.shared, spills, told, _loops(code))
+
+
+def _loops(code: str) -> list[int]:
+    """Instructions from a label to each branch back to it; loops that only copy or wait are left out."""
+    labels: dict[str, int] = {}
+    found, count = [], 0
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/\s", line):
+            count += 1
+            back = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            if back and back[1] in labels and count - labels[back[1]] >= _LOOP:
+                found.append(count - labels[back[1]])
+    return found
 
 
 def _tool(name: str, *arguments: str) -> str:

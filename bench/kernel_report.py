@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,20 +196,23 @@ def main() -> None:
         "",
         "Written by `make kernel-report`; no GPU is needed. The launches are those of the real pipeline on tensors",
         "without memory (`bench/compile_only.py`), so this is what runs. Registers are a thread's; shared memory, in",
-        "bytes, a program's. `HMMA`, `HGMMA` and `UTCHMMA` are matrix products on the tensor cores of the three",
+        "bytes, a program's; loops are numbers of instructions, those of loops within included.",
+        "`HMMA`, `HGMMA` and `UTCHMMA` are matrix products on the tensor cores of the three",
         "architectures, `LDGSTS` copies to shared memory that skip the registers, `ATOMG` atomics; counts are of",
         "instructions in the code, not of executions. Tests hold spills at zero",
         "(`python_tests/test_compiled_kernels.py`). float8 tables need sm_89: sm_80 declines them with the reason.",
     ]
-    for architecture in ARCHITECTURES:
-        found = report(architecture)
+    with ThreadPoolExecutor(len(ARCHITECTURES)) as pool:
+        reports = list(pool.map(report, ARCHITECTURES))
+    for architecture, found in zip(ARCHITECTURES, reports, strict=True):
         lines += ["", f"## sm_{architecture} (triton {found['triton']})", ""]
-        lines += ["| kernel | first used by | registers | shared | spills | instructions |"]
-        lines += ["| --- | --- | --- | --- | --- | --- |"]
+        lines += ["| kernel | first used by | registers | shared | spills | loops | instructions |"]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
         for each in found["kernels"]:
             told = ", ".join(f"{name} {count}" for name, count in each["instructions"].items())
             figures = f"{each['registers']} | {each['shared']} | {each['spills']}"
-            lines.append(f"| {each['described']} | {each['case']} | {figures} | {told} |")
+            loops = " ".join(map(str, each["loops"]))
+            lines.append(f"| {each['described']} | {each['case']} | {figures} | {loops} | {told} |")
     _PATH.write_text("\n".join(lines) + "\n")
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from urm_kernels.backends.triton import plan
+from urm_kernels.testing import make_items, make_queries
 
 SIZES = list(itertools.product((1, 8, 64, 1024, 70_000), (8193, 10**6, 10**7, 10**8, 2**32 - 1), (1, 10, 1000, 10_000)))
 
@@ -88,3 +89,19 @@ def test_the_stated_error_covers_a_rounding_of_every_step(r):
     # One unit in the last place for each of r additions, in any order, and of the canonical dot's r / 16 + 4.
     assert plan.relative_error(torch.bfloat16, r) >= (r + r / 16 + 4) * 2**-24
     assert plan.relative_error(torch.float32, r) >= 2**-10
+
+
+@pytest.mark.parametrize("kind", ["iid", "decay"])
+def test_few_of_many_queries_are_left(kind):
+    # What winners.py goes by, for the predictions in docs/gpu.md: 128 queries, 64 at a time, blocks of 64 rows.
+    items = make_items(kind, 6400, 128, 0).bfloat16()
+    queries = make_queries(kind, 1, 128, 128, 1, items)[0]
+    rounded = queries.bfloat16().float()
+    error = plan.relative_error(torch.bfloat16, 128)
+    slack = (queries - rounded).norm(dim=1).max() + error * rounded.norm(dim=1).max()
+    cheap = items.float() @ rounded.T
+    limit = cheap.amax(1) - 2 * 1.003 * slack * items.float().norm(dim=1)
+    left = cheap >= limit[:, None]
+    assert 1.0 < left.sum(1).float().mean() < 1.2
+    rounds = left.view(100, 64, 2, 64).sum(3).amax(1).float().sum(1).mean()
+    assert 3 < rounds < 4.5

@@ -1,10 +1,11 @@
 """log_partition on Triton where a user has many queries: which may win is bounded first. Bits are the reference's."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
-from support import INF, NAN, bits
+from support import INF, NAN, bits, run_python
 
 from urm_kernels import ItemTable, log_partition, score_topk
 from urm_kernels.backends.triton.plan import BOUNDED_QUERIES
@@ -137,3 +138,36 @@ def test_one_query_needs_no_logarithm(device):
         )
         wanted = function(queries, items, reduce="logsumexp", query_mask=exists, backend="reference")
         assert torch.equal(bits(ours), bits(wanted))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a page of the CPU's memory is guarded")
+def test_nothing_behind_the_excluded_rows_is_read():
+    # Five users in a block of eight or more; the rows that they exclude end where memory may not be touched.
+    code = f"""
+        import ctypes, mmap, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import triton_interpreter, torch
+        from urm_kernels import log_partition
+        from urm_kernels.backends.triton import partition
+
+        users, width, rows, guard = 5, 4096, 300, 64 * 8 * mmap.PAGESIZE
+        size = users * width * 8
+        memory = mmap.mmap(-1, size + guard)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        assert size % mmap.PAGESIZE == 0
+        libc = ctypes.CDLL(None)
+        assert libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(guard), 0) == 0
+        held = torch.frombuffer((ctypes.c_char * size).from_address(start), dtype=torch.int64).view(users, width)
+        calls = partition.calls
+
+        def guarded(*arguments):
+            for part, call in calls(*arguments):
+                held.copy_(call.exclude)
+                yield part, call._replace(exclude=held)
+
+        partition.calls = guarded
+        excluded = torch.randint(0, rows // 2, (users, width))
+        result = log_partition(torch.randn(users, 1, 8), torch.randn(rows, 8), exclude=excluded, backend="triton")
+        print(bool(result.isfinite().all()))
+    """
+    assert run_python(code, TRITON_INTERPRET="1", PYTHONWARNINGS="ignore") == "True\n"
