@@ -97,11 +97,6 @@ def all_cells() -> list[Cell]:
     return [Cell(N, r, *shape, k) for N, r, shape, k in itertools.product(ALL_ROWS, ALL_R, SHAPES, ALL_K)]
 
 
-def tables(cells: list[Cell]) -> list[tuple[int, int, bool]]:
-    """(N, r, float8) in the order of the cells, each once."""
-    return list(dict.fromkeys(cell.table for cell in cells))
-
-
 def decay(rows: int, r: int, seed: int, spread: float, dtype: torch.dtype, device: str) -> Tensor:
     """testing.make_items' kind decay (spread 0.4) or its queries (0), drawn on the device, a part at a time."""
     generator = torch.Generator(device).manual_seed(seed)

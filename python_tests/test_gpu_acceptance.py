@@ -28,6 +28,10 @@ FIGURES = {
 }  # fmt: skip
 
 
+def tables(cells):
+    return list(dict.fromkeys(cell.table for cell in cells))
+
+
 def failed(words):
     return {"status": "failed (1)", "seconds": 0.1, "output": f"Traceback\n{words}\n"}
 
@@ -94,7 +98,7 @@ def test_everything_is_run_written_and_shown(acceptance, sham, tmp_path, capsys)
     assert [line["cell"] for line in written["latency"]] == names and 36 <= len(names) <= 48
     functions = [cell.name for cell in gpu_functions.named_cells()]
     assert [line["cell"] for line in written["functions"]] == functions
-    assert len(sham["limits"]) == len(gpu_cells.tables(gpu_cells.named_cells())) + 3
+    assert len(sham["limits"]) == len(tables(gpu_cells.named_cells())) + 3
     assert set(written["missing_peers"]) == {"faiss", "cuvs", "flashlib", "litetopk"}
     assert all(5 <= limit <= 20 * 60 for limit in sham["limits"])
     assert written["tests"]["counts"] == {"passed": 700} and written["sanitizer"]["errors"] == 0
@@ -126,7 +130,7 @@ def test_a_host_without_the_sanitizer_is_no_failure(acceptance, sham, monkeypatc
 def test_what_was_measured_is_written_before_the_next_step_runs_and_is_kept_on_request(
     acceptance, sham, monkeypatch, tmp_path
 ):
-    first, second, *_ = gpu_cells.tables(gpu_cells.named_cells())
+    first, second, *_ = tables(gpu_cells.named_cells())
 
     def latency(cells, limit, environment):
         if cells[0].table == second:
@@ -141,7 +145,7 @@ def test_what_was_measured_is_written_before_the_next_step_runs_and_is_kept_on_r
     asked = []
     monkeypatch.setattr(acceptance, "_measured", lambda cells, *rest: asked.extend(cells) or measured(cells, *rest))
     monkeypatch.setattr(sys, "argv", ["gpu_acceptance.py", "--resume", "--only", "latency"])
-    assert acceptance.main() == 0 and first not in gpu_cells.tables(asked)
+    assert acceptance.main() == 0 and first not in tables(asked)
     assert len(report(tmp_path)["latency"]) == len(gpu_cells.named_cells())
 
 
