@@ -8,15 +8,7 @@
 // the sign of a returned zero is fixed to + at the end, so padded and masked tails agree.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-
-// Internal linkage, so that files compiled for different instruction sets never share a symbol.
-#if defined(__CUDACC__)
-#define URM_HOST_DEVICE static __host__ __device__ inline
-#else
-#define URM_HOST_DEVICE static inline
-#endif
+#include "platform.h"
 
 namespace urm {
 
@@ -24,7 +16,7 @@ constexpr int kLanes = 16;  // running sums of the canonical dot
 
 URM_HOST_DEVICE float fused_multiply_add(float x, float y, float z) {
 #if defined(__CUDA_ARCH__)
-  return __fmaf_rn(x, y, z);
+  return __fmaf_ieee_rn(x, y, z);  // keeps denormals whatever the compiler was told
 #else
   return __builtin_fmaf(x, y, z);
 #endif

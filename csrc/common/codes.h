@@ -17,8 +17,6 @@
 // Fine codes lie row by row: [quads][4] bytes c + 128, scale, lost, norm.
 #pragma once
 
-#include <cstring>
-
 #include "canonical_dot.h"
 
 namespace urm {
@@ -114,6 +112,64 @@ URM_HOST_DEVICE float value_of_half(uint16_t half) {
   float x;
   memcpy(&x, &bits, sizeof x);
   return x;
+}
+
+constexpr int kClips = 7;     // scales tried of 4-bit codes: the largest element becomes 1, 15/16, ... 10/16 of the largest code
+constexpr int kCodeSums = 4;  // running sums of a sum over elements: element e goes to e % 4, (0 + 2) + (1 + 3) in the end
+
+URM_HOST_DEVICE int clips_of(int bits) {
+  return bits == 4 ? kClips : 1;
+}
+
+URM_HOST_DEVICE float clip_of(int clip, int bits) {
+  return (16 - clip) / (16.0f * static_cast<float>(largest_code(bits)));
+}
+
+// A rotated row is brought to [1, 2) by a power of two before it is encoded: for what is too small or too large, there
+// is none.
+struct RowExponent {
+  float power, inverse;
+  bool ordinary;
+};
+
+URM_HOST_DEVICE RowExponent row_exponent(float largest) {
+  RowExponent out{1.0f, 0.0f, largest >= kLeastCodeScale && largest <= kLargestCodedLength};
+  if (!out.ordinary) return out;
+  uint32_t bits;
+  memcpy(&bits, &largest, sizeof bits);
+  bits &= 0x7F800000u;
+  memcpy(&out.power, &bits, sizeof bits);
+  bits = (254u << 23) - bits;
+  memcpy(&out.inverse, &bits, sizeof bits);
+  return out;
+}
+
+// What is kept beside a row's codes, and whether these are kept: a row that may hold anything has none.
+struct EncodedSide {
+  RowSide side;
+  bool kept;
+};
+
+// largest: of the row before its rotation; squares, rest: of the rotated row and of what its codes lost, brought to
+// [1, 2) as above; scale: of the codes.
+URM_HOST_DEVICE EncodedSide encoded_side(float largest, RowExponent exponent, float squares, float rest, float scale,
+                                         int64_t r) {
+  const float growth = 1.0f + static_cast<float>(3 * r + 64) * 0x1p-24f;  // for the roundings of the two lengths
+  const float lost = sqrtf(rest) / scale * growth, norm = sqrtf(squares) / scale * growth;
+  const float a = scale * exponent.power;
+  if (largest == 0.0f && squares == 0.0f) return {{1.0f, 0, 0}, false};
+  if (exponent.ordinary && a >= kLeastCodeScale && a * norm <= kLargestCodedLength && lost <= norm)
+    return {{a, half_not_below(lost), half_not_below(norm)}, true};
+  return {{1.0f, 0, kHalfInfinity}, false};
+}
+
+// Of a scaled row, whose dots are formed with the row as it lies and scaled then: where these may overflow, lose more by
+// underflow than the bound allows for, or outlive a scaled row that vanishes, the row may hold anything. before, after:
+// the largest element as it lies and scaled.
+URM_HOST_DEVICE bool scale_is_hazardous(float before, float after, float scale) {
+  const bool vanished = after == 0.0f && before > 0.0f && scale != 0.0f;
+  const bool enlarges = before > 0.0f && before < kLeastScaledElement && fabsf(scale) > 1.0f;
+  return vanished || enlarges || before > kLargestScaledElement;
 }
 
 // Codes + offset of one row of a block, [quads][4].

@@ -9,8 +9,6 @@
 // is below 2^-22 of the sum.
 #pragma once
 
-#include <cstdint>
-
 #include "canonical_dot.h"
 #include "log_sum_exp.h"
 

@@ -2,9 +2,6 @@
 // result has the same bits on every machine. Stated error: 2e-6 max(1, largest |score|) against exact arithmetic.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
 #include "canonical_dot.h"
 
 namespace urm {
@@ -63,6 +60,27 @@ URM_HOST_DEVICE float canonical_log(float s) {
   return fused_multiply_add(n, 0.693359375f, low);
 }
 
+// exp(dot - largest) added up, dots in ascending m. Kahan's sum: plain addition would lose the stated error from some
+// thousand queries on.
+struct SumOfExponentials {
+  float largest;  // of all dots; finite
+  float sum, excess;
+
+#if defined(__CUDACC__)
+  __host__ __device__
+#endif
+  void add(float dot) {
+    const float term = canonical_exp(dot - largest) - excess;
+    const float next = sum + term;
+    excess = (next - sum) - term;
+    sum = next;
+  }
+};
+
+URM_HOST_DEVICE float log_of(const SumOfExponentials& sum) {
+  return sum.largest + canonical_log(sum.sum);
+}
+
 // log(sum_m exp(dot[m stride])), m ascending; NaN if any dot is NaN; an infinite maximum is the result.
 URM_HOST_DEVICE float canonical_log_sum_exp(const float* dot, int64_t stride, int64_t count) {
   float largest = dot[0];
@@ -72,15 +90,9 @@ URM_HOST_DEVICE float canonical_log_sum_exp(const float* dot, int64_t stride, in
     if (d > largest) largest = d;
   }
   if (largest - largest != 0.0f) return largest;
-  // Kahan's sum: plain addition would lose the stated error from some thousand queries on.
-  float sum = 0.0f, excess = 0.0f;
-  for (int64_t m = 0; m < count; ++m) {
-    const float term = canonical_exp(dot[m * stride] - largest) - excess;
-    const float next = sum + term;
-    excess = (next - sum) - term;
-    sum = next;
-  }
-  return largest + canonical_log(sum);
+  SumOfExponentials sum{largest, 0.0f, 0.0f};
+  for (int64_t m = 0; m < count; ++m) sum.add(dot[m * stride]);
+  return log_of(sum);
 }
 
 // The function above, of `count` dots none of which is above `bound`, is at most bound + relative * |bound| + offset as

@@ -4,9 +4,6 @@
 // answer, whatever order candidates arrive in. Rows are limited to 32 bits; no key of a real score is 0.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
 #include "canonical_dot.h"
 
 namespace urm {

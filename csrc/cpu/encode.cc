@@ -63,8 +63,6 @@ class Encoder {
     kernels_.rotate_panel(request_.rotation, panel_.data());
   }
 
-  // Codes are of the scaled row, dots are formed with the row as it lies and scaled then: where these may overflow,
-  // lose more by underflow than the bound allows for, or outlive a scaled row that vanishes, the row may hold anything.
   void scale_panel(int64_t first, int64_t count) {
     float scales[kLanes] = {}, before[kLanes];
     kernels_.widen(part_of(request_.row_scale, first, count), count, scales);
@@ -72,12 +70,8 @@ class Encoder {
     for (int64_t e = 0; e < r_; ++e)
       for (int i = 0; i < kLanes; ++i) panel_[e * kLanes + i] *= scales[i];
     kernels_.largest_of_panel(panel_.data(), r_, largest_);
-    for (int i = 0; i < kLanes; ++i) {
-      const bool vanished = largest_[i] == 0.0f && before[i] > 0.0f && scales[i] != 0.0f;
-      const bool enlarges = before[i] > 0.0f && before[i] < kLeastScaledElement && std::fabs(scales[i]) > 1.0f;
-      if (vanished || enlarges || before[i] > kLargestScaledElement)
-        panel_[i] = std::numeric_limits<float>::quiet_NaN();
-    }
+    for (int i = 0; i < kLanes; ++i)
+      if (scale_is_hazardous(before[i], largest_[i], scales[i])) panel_[i] = std::numeric_limits<float>::quiet_NaN();
   }
 
   EncodedRows encode(int bits, int place) {

@@ -5,9 +5,7 @@
 
 template <class V>
 struct CodeKernelsOf {
-  static constexpr int kSums =
-      4;  // running sums of a sum over elements: element e goes to e % 4, (0 + 2) + (1 + 3) in the end
-  static constexpr int kClips = 7;  // scales tried: the largest element becomes 1, 15/16, ... 10/16 of the largest code
+  static constexpr int kSums = kCodeSums;
 
   static void to_code_panel(const float* rows, int64_t stride, int64_t r, float* panel) {
     for (int64_t e = 0; e < r; e += kLanes) {
@@ -90,26 +88,16 @@ struct CodeKernelsOf {
     return V::max(V::select_less(limit, code, limit, code), V::broadcast(-most));
   }
 
-  static float power_of_two_below(float x, bool inverse) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, sizeof bits);
-    bits &= 0x7F800000u;
-    if (inverse) bits = (254u << 23) - bits;
-    __builtin_memcpy(&x, &bits, sizeof x);
-    return x;
-  }
-
   // 16 rows of a rotated panel, which is normalised in place; `largest` are those of the rows before the rotation.
   // See EncodedRows.
   static void encode_panel(float* panel, int64_t r, const float* largest_before, int bits, EncodedRows* out) {
-    const float most = static_cast<float>(largest_code(bits)), growth = 1.0f + sum_error(r);
-    float largest[kLanes], power[kLanes], inverse[kLanes];
-    bool ordinary[kLanes];
+    const float most = static_cast<float>(largest_code(bits));
+    float largest[kLanes], inverse[kLanes];
+    RowExponent exponents[kLanes];
     largest_of_panel(panel, r).store(largest);
     for (int i = 0; i < kLanes; ++i) {
-      ordinary[i] = largest[i] >= kLeastCodeScale && largest[i] <= kLargestCodedLength;
-      power[i] = ordinary[i] ? power_of_two_below(largest[i], false) : 1.0f;
-      inverse[i] = ordinary[i] ? power_of_two_below(largest[i], true) : 0.0f;
+      exponents[i] = row_exponent(largest[i]);
+      inverse[i] = exponents[i].inverse;
       largest[i] *= inverse[i];
     }
     const V normalise = V::load(inverse);
@@ -118,8 +106,8 @@ struct CodeKernelsOf {
     const auto at = [=](int64_t e) { return V::load(panel + e * kLanes); };
     const V squares = sum_of(r, [&](int64_t e, V sum) { return V::fma(at(e), at(e), sum); });
     V best = V::broadcast(-1.0f), step_inverse = V::zero();
-    for (int clip = 0; clip < (bits == 4 ? kClips : 1); ++clip) {
-      const V step = V::multiply(V::load(largest), V::broadcast((16 - clip) / (16.0f * most)));
+    for (int clip = 0; clip < clips_of(bits); ++clip) {
+      const V step = V::multiply(V::load(largest), V::broadcast(clip_of(clip, bits)));
       const V factor = V::divide(V::broadcast(1.0f), step);
       V length = V::zero();
       const V dot = sum_of_both(r, at, factor, most, &length);
@@ -134,22 +122,13 @@ struct CodeKernelsOf {
       const V lost = V::fma(V::multiply(scale, V::broadcast(-1.0f)), code_of(at(e), step_inverse, most), at(e));
       return V::fma(lost, lost, sum);
     });
-    float scales[kLanes], lost[kLanes], norm[kLanes];
-    scale.store(scales), rest.store(lost), squares.store(norm);
+    float scales[kLanes], rests[kLanes], lengths[kLanes];
+    scale.store(scales), rest.store(rests), squares.store(lengths);
     uint32_t kept[kLanes];
     for (int i = 0; i < kLanes; ++i) {
-      const float e = __builtin_sqrtf(lost[i]) / scales[i] * growth, n = __builtin_sqrtf(norm[i]) / scales[i] * growth;
-      const float a = scales[i] * power[i];
-      out->scale[i] = 1.0f, out->lost[i] = 0;
-      kept[i] = 0;
-      if (largest_before[i] == 0.0f && norm[i] == 0.0f) {
-        out->norm[i] = 0;
-      } else if (ordinary[i] && a >= kLeastCodeScale && a * n <= kLargestCodedLength && e <= n) {
-        out->scale[i] = a, out->lost[i] = half_not_below(e), out->norm[i] = half_not_below(n);
-        kept[i] = ~0u;
-      } else {
-        out->norm[i] = kHalfInfinity;
-      }
+      const EncodedSide made = encoded_side(largest_before[i], exponents[i], lengths[i], rests[i], scales[i], r);
+      out->scale[i] = made.side.scale, out->lost[i] = made.side.lost, out->norm[i] = made.side.norm;
+      kept[i] = made.kept ? ~0u : 0;
     }
     write_quads(panel, r, step_inverse, bits, kept, out->quads);
   }

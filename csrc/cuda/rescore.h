@@ -1,0 +1,140 @@
+// What becomes of a survivor: which of the user's queries may reach the threshold, their canonical dots, a key.
+#pragma once
+
+#include "../common/total_order.h"
+#include "canonical.h"
+#include "mma.h"
+#include "queries.h"
+#include "threshold.h"
+
+namespace urm {
+
+constexpr int kFewQueries = 4;  // up to here scoring all takes less than telling which
+
+// Lists of keys that reach the threshold; a list that is full keeps counting.
+struct Found {
+  uint64_t* keys;           // [B, capacity]
+  unsigned int* count;      // [B]
+  int64_t capacity;
+  unsigned long long* counts;  // bytes read, survivors of the scan, pairs scored; or null
+};
+
+__device__ inline void append_key(const Found& found, int64_t user, float score, int64_t row) {
+  const unsigned int slot = atomicAdd(found.count + user, 1u);
+  if (slot < found.capacity) found.keys[user * found.capacity + slot] = pack_key(score, static_cast<uint32_t>(row));
+}
+
+struct ScanCall {
+  Table table;
+  Filter filter;
+  Users users;
+  Codes codes;
+  QueryCodes queries;
+  Limits limits;
+  Found found;
+  int64_t rotation_roundings;
+};
+
+// A word of the codes of one row, signed bytes: of the fine ones where there are any.
+template <int kBits>
+__device__ __forceinline__ uint32_t signed_quad(const Codes& codes, int64_t r, int64_t row, int64_t quad) {
+  if (codes.fine) return *reinterpret_cast<const uint32_t*>(codes.fine + row * fine_row_bytes(r) + quad * kQuad) ^ 0x80808080u;
+  const unsigned char* block = codes.blocks + row / kBlockRows * block_bytes(r, kBits);
+  const int64_t in_block = row % kBlockRows;
+  const uint32_t word = *reinterpret_cast<const uint32_t*>(block + code_place(in_block, quad * kQuad, kBits));
+  if (kBits == 8) return word ^ 0x80808080u;
+  return (in_block < kLanes ? word : word >> 4) & 0x0F0F0F0Fu;
+}
+
+template <int kBits>
+__device__ inline RowSide side_of(const Codes& codes, int64_t r, int64_t row) {
+  if (!codes.fine)
+    return side_of_row(reinterpret_cast<const char*>(codes.blocks) + row / kBlockRows * block_bytes(r, kBits),
+                       block_code_bytes(r, kBits), row % kBlockRows);
+  const unsigned char* side = codes.fine + row * fine_row_bytes(r) + quads_of(r) * kQuad;
+  return {*reinterpret_cast<const float*>(side), *reinterpret_cast<const uint16_t*>(side + 4),
+          *reinterpret_cast<const uint16_t*>(side + 6)};
+}
+
+// Of 32 queries from `first` on, a bit for each whose own bound of the row reaches the user's threshold. Where one does
+// under logsumexp, all are needed.
+template <int kBits>
+__device__ inline uint32_t queries_that_reach(const ScanCall& call, int64_t user, int64_t row, int64_t first) {
+  const int64_t r = call.table.r, width = call.queries.width, m = first + lane_of_warp();
+  const int32_t count = call.users.count[user];
+  const bool there = m < count;
+  const float step = call.queries.step[user];
+  if (step == 0.0f || (count <= kFewQueries && !call.codes.fine)) return __ballot_sync(kAllLanes, there);
+  const int64_t at = user * width + (there ? m : 0);
+  const uint32_t* words = call.queries.words + user * quads_of(r) * width + (there ? m : 0);
+  int32_t sum = call.queries.row_starts[at];
+#pragma unroll 8
+  for (int64_t quad = 0; quad < quads_of(r); ++quad)
+    sum = add_products(signed_quad<kBits>(call.codes, r, row, quad), __ldg(words + quad * width), sum);
+  const RowSide side = side_of<kBits>(call.codes, r, row);
+  const float lost = value_of_half(side.lost), norm = value_of_half(side.norm);
+  const float error = code_error(r, call.rotation_roundings) * (call.queries.kept_most[user] + call.queries.lost_most[user]);
+  float bound = float_not_below(sum) * step;
+  bound = fused_multiply_add(call.queries.kept[at], lost, bound);
+  bound = fused_multiply_add(call.queries.lost[at], norm, bound);
+  bound = fused_multiply_add(bound + error * norm, side.scale, code_underflow(r));
+  if (call.users.log_sum_exp) {
+    float relative, offset;
+    log_sum_exp_excess(count, &relative, &offset);
+    bound = fused_multiply_add(fabsf(bound), relative, bound) + offset;
+  }
+  if (call.table.bias.data) bound += value_of(call.table.bias, row);
+  return __ballot_sync(kAllLanes, there && !(bound < call.limits.threshold[user]));
+}
+
+// Scores two pairs, one a half warp, and lists their keys where they reach the threshold. user < 0: no pair.
+template <int kBits>
+__device__ inline void rescore_pairs(const ScanCall& call, int64_t user, int64_t row) {
+  const int half = lane_of_warp() / kLanes;
+  const Table& table = call.table;
+  const int64_t r = table.r, places = call.users.places;
+  const int64_t users[2] = {__shfl_sync(kAllLanes, user, 0), __shfl_sync(kAllLanes, user, kLanes)};
+  const int64_t rows[2] = {__shfl_sync(kAllLanes, row, 0), __shfl_sync(kAllLanes, row, kLanes)};
+  int32_t most_queries = 0;
+  for (int64_t each : users)
+    if (each >= 0 && call.users.count[each] > most_queries) most_queries = call.users.count[each];
+  const float* queries = call.users.queries + (user < 0 ? 0 : user) * places * r;
+  const int64_t known = row < 0 ? 0 : row;
+  const auto dot_at = [&](int64_t m) { return scaled_dot(table, known, half_dot(table, known, queries + m * r)); };
+  float best = -kInfinity;
+  bool asked = false;
+  for (int32_t first = 0; first < most_queries; first += kWarp) {
+    uint32_t reach[2];
+    for (int i = 0; i < 2; ++i) reach[i] = users[i] < 0 ? 0 : queries_that_reach<kBits>(call, users[i], rows[i], first);
+    uint32_t own = reach[half];
+    asked |= own != 0;
+    if (call.users.log_sum_exp) continue;
+    while (__any_sync(kAllLanes, own != 0)) {
+      const float dot = dot_at(own ? first + __ffs(static_cast<int>(own)) - 1 : 0);
+      if (own) best = larger(dot, best);
+      own &= own - 1;
+    }
+  }
+  if (call.users.log_sum_exp && __any_sync(kAllLanes, asked)) {
+    const int32_t count = user < 0 ? 0 : call.users.count[user];
+    for (int32_t m = 0; m < most_queries; ++m) {
+      const float dot = dot_at(m < count ? m : 0);
+      if (m < count) best = larger(dot, best);
+    }
+    SumOfExponentials sum{best, 0.0f, 0.0f};
+    for (int32_t m = 0; m < most_queries; ++m) {
+      const float dot = dot_at(m < count ? m : 0);
+      if (m < count) sum.add(dot);
+    }
+    if (best - best == 0.0f) best = log_of(sum);
+  }
+  if (lane_of_warp() % kLanes != 0 || !asked) return;
+  if (call.found.counts) {
+    atomicAdd(call.found.counts, static_cast<unsigned long long>(r * bytes_of(table.type)));
+    atomicAdd(call.found.counts + 2, 1ull);
+  }
+  const float score = finished_score(table, row, best);
+  if (score >= call.limits.threshold[user]) append_key(call.found, user, score, row);
+}
+
+}  // namespace urm

@@ -1,0 +1,89 @@
+// The guessed threshold: exact scores of a sample, and what the scan compares with.
+#pragma once
+
+#include "../common/total_order.h"
+#include "canonical.h"
+#include "queries.h"
+#include "select.h"
+
+namespace urm {
+
+// maxima fp32 [B, slots]: of each user the best score among `turns` sampled rows, which lie far apart: every step-th row is
+// sampled, `sample` of them, and slot s has the rows s, s + slots, ... Eight slots a warp, which may stand alone.
+__global__ void sample_maxima(Table table, Users users, Filter filter, int64_t step, int64_t sample, int64_t slots,
+                              int64_t turns, float* maxima) {
+  const int half = lane_of_warp() / kLanes, own = lane_of_warp() % kLanes / kTileQueries;
+  for (int64_t first = warp_of_grid() * 2 * kTileRows; first < slots; first += warps_of_grid() * 2 * kTileRows) {
+    const int64_t slot = first + half * kTileRows;
+    for (int64_t user = 0; user < users.B; user += kTileQueries) {
+      const int64_t last = user + kTileQueries < users.B ? user + kTileQueries : users.B;
+      float best[kTileQueries];
+      for (float& each : best) each = -kInfinity;
+      for (int64_t turn = 0; turn < turns; ++turn) {
+        int64_t rows[kTileRows];
+        for (int i = 0; i < kTileRows; ++i) {
+          const int64_t at = turn * slots + slot + i;
+          rows[i] = slot + i < slots && at < sample ? at * step : -1;
+        }
+        scores_of_rows(table, users, user, last, rows, [&](int64_t of, int64_t row, float score) {
+          // By number, so that the array stays in registers.
+          for (int j = 0; j < kTileQueries; ++j)
+            if (user + j == of && score > best[j] && is_allowed(filter, of, row)) best[j] = score;
+        });
+      }
+      // With one query a user each of a row's lanes has another one; with several, the first has them all.
+      for (int j = 0; j < kTileQueries && user + j < last; ++j) {
+        const bool mine = lane_of_warp() % kTileQueries == (users.places == 1 ? j : 0);
+        if (mine && slot + own < slots) maxima[(user + j) * slots + slot + own] = best[j];
+      }
+    }
+  }
+}
+
+// What a scan compares with, of every user (docs/design.md, "The scan on a GPU"). A row survives unless
+//
+//   sum a + rho < limit - inverse bias - relative |limit - inverse bias|
+//
+// inverse: 1 / step. relative: of logsumexp, 0 elsewhere.
+struct Limits {
+  float *threshold, *limit, *inverse;
+  int64_t* wanted;  // k, or 0 for a user who can get nothing
+};
+
+// One block a user: the rank-th best maximum, and the limits that follow from it.
+//
+// Shared memory: kSelectShared.
+__global__ void set_limits(int64_t k, int64_t rank, const float* maxima, int64_t slots, Users users, const float* largest,
+                           int64_t r, QueryCodes codes, Limits limits) {
+  URM_DYNAMIC_SHARED(shared);
+  const int64_t user = blockIdx.x;
+  float threshold = -kInfinity;
+  if (rank > 0 && rank <= slots) {
+    const float* own = maxima + user * slots;
+    const uint64_t key = key_at_rank(slots, rank, shared, [=](int64_t i) {
+      return static_cast<uint64_t>(ordered_bits(own[i])) << 32;
+    }, 4);
+    threshold = key_score(key);
+  }
+  if (threadIdx.x != 0) return;
+  const int32_t count = users.count[user];
+  bool nan = false;
+  for (int32_t m = 0; m < count; ++m) nan |= largest[user * users.places + m] != largest[user * users.places + m];
+  const bool served = count > 0 && !nan;
+  float relative = 0.0f, offset = 0.0f;
+  if (users.log_sum_exp && count) log_sum_exp_excess(count, &relative, &offset);
+  const float step = codes.step[user];
+  const bool bounded = step > 0.0f && codes.kept_most[user] + codes.lost_most[user] <= kLargestCodedLength;
+  if (!bounded) codes.step[user] = 0.0f;
+  const float inverse = bounded ? 1.0f / step : 1.0f, underflow = code_underflow(r);
+  const float margin = 0x1p-20f * (fabsf(threshold) + offset);
+  float limit = threshold == kInfinity ? kInfinity : (threshold - offset - underflow - margin) * inverse;
+  if (!bounded) limit = -kInfinity;
+  if (!served) limit = kInfinity;
+  limits.threshold[user] = threshold;
+  limits.limit[user] = limit;
+  limits.inverse[user] = inverse;
+  limits.wanted[user] = served ? k : 0;
+}
+
+}  // namespace urm

@@ -1,0 +1,103 @@
+"""Sizes of a search of a packed table. Pure arithmetic."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from ..codes import BLOCK, quads
+
+DENSE_ROWS = 8192  # below this many rows everything is scored: a scan has nothing to save
+DENSE_KEYS = 1 << 26  # of a dense call held at a time
+GROUP = 256  # users of one scan
+SORTED = 4096  # results that the selection sorts itself
+THREADS = 128
+WARPS = THREADS // 32
+FEWEST_SAMPLED, MOST_SAMPLED = 1 << 14, 1 << 18  # rows
+SAMPLED_DOTS = 1 << 23  # about a twentieth of a millisecond of an H100
+SHARED_COLUMNS = 1 << 16  # bytes of a column group's codes in shared memory
+
+
+class Card(NamedTuple):
+    """What a launch has to know of the device."""
+
+    processors: int
+
+    def blocks(self, tasks: int, per_processor: int = 8) -> int:
+        """Blocks of WARPS warps for as many tasks, no more than run at a time."""
+        return max(1, min(-(-tasks // WARPS), self.processors * per_processor))
+
+
+class Plan(NamedTuple):
+    """group: users of one scan; dense: score every row instead of scanning.
+
+    Every step-th row is sampled, `sample` rows, whose scores are reduced to `slots` maxima of `turns` rows. The guess is the
+    rank-th best maximum. capacity: keys there is room for, a user.
+    """
+
+    group: int
+    dense: bool
+    step: int = 1
+    sample: int = 0
+    slots: int = 0
+    turns: int = 0
+    rank: int = 0
+    capacity: int = 0
+
+
+def make_plan(users: int, places: int, rows: int, k: int) -> Plan:
+    """Of the k best rows a sample of S holds k S / N on average. The rank is four standard deviations above that, plus four
+    for small counts: about one user in 100,000 needs the second way. Lists have room for twice the rows that this rank lets
+    through. Maxima, 16 times as many as the rank, lose hardly any of the best sampled rows to each other.
+    """
+    if rows <= max(DENSE_ROWS, 4 * k):
+        return Plan(min(users, GROUP, max(1, DENSE_KEYS // max(rows, 1))), True, capacity=rows)
+    group = min(users, GROUP)
+    wanted = min(max(SAMPLED_DOTS // (group * places), FEWEST_SAMPLED), MOST_SAMPLED)
+    step = max(-(-rows // wanted), 1)
+    sample = -(-rows // step)
+    share = k * sample / rows
+    rank = min(math.ceil(share + 4 * math.sqrt(share) + 4), sample)
+    turns = max(1, min(64, sample // (16 * rank)))
+    slots = -(-sample // turns)
+    capacity = min(rows, 2 * math.ceil(rank * rows / sample) + 4096)
+    return Plan(group, False, step, sample, slots, turns, rank, capacity)
+
+
+def columns_of_user(places: int) -> int:
+    """1, 2, 4, or a multiple of 8."""
+    return 1 << (places - 1).bit_length() if places <= 4 else -(-places // 8) * 8
+
+
+class Scan(NamedTuple):
+    """steps: of 32 elements that stay in registers, 0 where rows are longer, or queries too many for shared memory.
+    group_users: of a column group."""
+
+    steps: int
+    step_pairs: int
+    group_users: int
+    shared: int
+
+
+def plan_scan(users: int, places: int, r: int) -> Scan:
+    width = columns_of_user(places)
+    pairs = -(-quads(r) // 16)
+    steps = 2 if pairs == 1 else 4 if pairs == 2 else 0
+    least = max(1, 8 // width)  # users of a product
+    if steps:
+        column_bytes = pairs * 64 + 4
+        group_users = SHARED_COLUMNS // (column_bytes * width) // least * least
+        if group_users == 0:
+            steps = 0
+    if not steps:
+        group_users = max(least, 512 // width // least * least)
+    group_users = min(group_users, -(-users // least) * least)
+    products = -(-group_users * width // 8)
+    held = products * pairs * 512 + _sixteens(products * 32) if steps else 0
+    rows = 2 * BLOCK
+    shared = held + 2 * _sixteens(group_users * 4) + 16 + WARPS * (rows * 16 + rows * 8 * 4)
+    return Scan(steps, pairs, group_users, shared)
+
+
+def _sixteens(size: int) -> int:
+    return -(-size // 16) * 16

@@ -1,0 +1,281 @@
+"""The search of a packed table: guess a threshold, scan, prove, select; launches only, no wait for the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import codes as formats
+from ..codes import Codes
+from ..table_view import ScanOptions, TableView, without_removed
+from .encoding import rotation_words
+from .launching import Launcher, Words, address, table_words
+from .plan import SORTED, THREADS, WARPS, Card, Plan, columns_of_user, make_plan, plan_scan
+
+_COMBINE = {"max": 0, "logsumexp": 0, "sum": 1, "mean": 2}
+_SELECT_THREADS, _SELECT_SHARED = 512, 256 * 4 + 16  # kSelectShared
+_PASSES, _PASS_BINS = 6, 2048
+
+
+class Found(NamedTuple):
+    """scores [B, k], ids [B, k]; unproven int64 [1]: how many users needed the second way."""
+
+    scores: Tensor
+    ids: Tensor
+    unproven: Tensor
+
+
+class _Call(NamedTuple):
+    """One group of users. queries fp32 [B, M, r], exists [B, M]; exclude ascending."""
+
+    queries: Tensor
+    exists: Tensor | None
+    mask: Tensor | None
+    exclude: Tensor | None
+    places: int  # queries of a user once they are combined
+    log_sum_exp: bool
+    combine: int
+
+
+def search(
+    queries: Tensor,
+    table: TableView,
+    options: ScanOptions,
+    k: int,
+    launcher: Launcher,
+    card: Card,
+    counts: Tensor | None = None,
+) -> Found:
+    """See urm_kernels.score_topk; what it took is added to counts, int64 [3]."""
+    users, rows, device = queries.shape[0], table.items.shape[0], queries.device
+    scores = torch.empty((users, k), dtype=torch.float32, device=device)
+    ids = torch.empty((users, k), dtype=torch.int64, device=device)
+    unproven = torch.zeros(1, dtype=torch.int64, device=device)
+    if users == 0 or k == 0:
+        return Found(scores, ids, unproven)
+    if rows == 0 or queries.shape[1] == 0:
+        return Found(scores.fill_(-torch.inf), ids.fill_(-1), unproven)
+    places = queries.shape[1] if options.reduce in ("max", "logsumexp") else 1
+    plan = make_plan(users, places, rows, k)
+    for part, call in _calls(queries, table, options, places, plan.group):
+        _Search(call, table, k, plan, launcher, card, counts, unproven).run(scores[part], ids[part])
+    return Found(scores, ids, unproven)
+
+
+def _calls(
+    queries: Tensor, table: TableView, options: ScanOptions, places: int, group: int
+) -> Iterator[tuple[slice, _Call]]:
+    mask, exclude = without_removed(options.mask, None, table.items.shape[0]), options.exclude
+    if mask is not None and mask.dtype == torch.uint8 and mask.stride(-1) != 1:
+        mask = mask.contiguous()
+    if exclude is not None:
+        exclude = exclude.sort(dim=1).values.contiguous() if exclude.shape[1] else None
+    for first in range(0, len(queries), group):
+        part = slice(first, first + group)
+        exists = None if options.query_mask is None else options.query_mask[part].contiguous()
+        own = mask if mask is None or mask.dim() == 1 else mask[part]
+        # Of one query it is the dot itself, in the same bits.
+        log_sum_exp = options.reduce == "logsumexp" and places > 1
+        excluded = None if exclude is None else exclude[part]
+        yield part, _Call(
+            queries[part].contiguous(), exists, own, excluded, places, log_sum_exp, _COMBINE[options.reduce]
+        )
+
+
+class _Search:
+    """The launches for one group of users."""
+
+    def __init__(
+        self,
+        call: _Call,
+        table: TableView,
+        k: int,
+        plan: Plan,
+        launcher: Launcher,
+        card: Card,
+        counts: Tensor | None,
+        unproven: Tensor,
+    ) -> None:
+        assert table.codes is not None
+        self.call, self.table, self.codes, self.k, self.plan = call, table, table.codes, k, plan
+        self.launcher, self.card, self.unproven = launcher, card, unproven
+        self.held: list[Tensor] = []  # until the launches that write them are queued
+        users, (rows, r) = len(call.queries), table.items.shape
+        self.users, self.rows, self.r = users, rows, r
+        self.packed, self.rotated = self._floats(2, users, call.places, r).unbind()
+        self.largest = self._floats(users, call.places)
+        self.existing = self._room(torch.int32, users)
+        self.per_user = self._floats(6, users)  # step, kept and lost at most, threshold, limit, inverse
+        self.wanted = self._room(torch.int64, users)
+        self.keys = self._room(torch.int64, users, plan.capacity)
+        self.found = self._room(torch.int32, users)
+        self.found_words = (self.keys.data_ptr(), self.found.data_ptr(), plan.capacity, address(counts))
+        self.table_words = table_words(table.items, table.bias, table.row_scale)
+        self.user_words = (
+            self.packed.data_ptr(),
+            self.existing.data_ptr(),
+            users,
+            call.places,
+            int(call.log_sum_exp),
+        )
+        self.filter_words = self._filter()
+        step, kept, lost, *limits = (vector.data_ptr() for vector in self.per_user)
+        self.limit_words: Words = (*limits, self.wanted.data_ptr())
+        self.most_words: Words = (step, kept, lost)
+
+    def run(self, scores: Tensor, ids: Tensor) -> None:
+        self._prepare()
+        if self.plan.dense:
+            self._set_limits(None)
+            self._score_rows(0)
+        else:
+            self._set_limits(self._sample())
+            self._scan()
+            coded = len(self.codes.blocks) * formats.BLOCK
+            if coded < self.rows:
+                self._score_rows(coded)
+            self._second_way()
+        self._select(scores, ids)
+
+    def _room(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        made = torch.empty(shape, dtype=dtype, device=self.call.queries.device)
+        self.held.append(made)
+        return made
+
+    def _floats(self, *shape: int) -> Tensor:
+        return self._room(torch.float32, *shape)
+
+    def _launch(self, name: str, grid: tuple[int, int], threads: int, shared: int, *arguments: Words) -> None:
+        self.launcher.launch(f"urm::{name}", grid, threads, shared, list(arguments))
+
+    def _filter(self) -> Words:
+        """struct Filter."""
+        mask, exclude = self.call.mask, self.call.exclude
+        kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
+        strides = (0, 0)
+        if mask is not None:
+            strides = (mask.stride(0) if mask.dim() == 2 else 0, mask.stride(-1))
+        excluded = (0, 0) if exclude is None else (exclude.data_ptr(), exclude.shape[1])
+        return (address(mask), kind, *strides, address(self.table.alive), *excluded)
+
+    def _prepare(self) -> None:
+        call, users, r = self.call, self.users, self.r
+        self.codes_of_queries = self._query_codes()
+        _, kept, lost = self.most_words
+        exists = address(call.exists)
+        self._launch(
+            "prepare_queries", (self.card.blocks(users * call.places), 1), THREADS, WARPS * r * 4,
+            (call.queries.data_ptr(),), (exists,), (users,), (call.queries.shape[1],), (call.combine,), (call.places,),
+            rotation_words(self.codes, r), (self.packed.data_ptr(),), (self.rotated.data_ptr(),),
+            (self.largest.data_ptr(),), (self.existing.data_ptr(),), (kept,), (lost,), (self.found.data_ptr(),),
+        )  # fmt: skip
+        bits = formats.bits_of(self.codes, r)
+        signed_rows = bits == 8 or self.codes.fine is not None
+        columns = users * columns_of_user(call.places)
+        self._launch(
+            "encode_queries", (self.card.blocks(columns), 1), THREADS, 0,
+            (users,), (call.places,), (r,), (bits,), (int(signed_rows),), (self.rotated.data_ptr(),),
+            (self.largest.data_ptr(),), (self.existing.data_ptr(),), (self.codes.reference.data_ptr(),),
+            self.codes_of_queries,
+        )  # fmt: skip
+
+    def _query_codes(self) -> Words:
+        """struct QueryCodes."""
+        scan = self.scan = plan_scan(self.users, self.call.places, self.r)
+        width = columns_of_user(self.call.places)
+        products = -(-self.users * width // 8)
+        fragments = self._room(torch.int32, products, scan.step_pairs, 32, 4)
+        starts, row_starts = self._room(torch.int32, 2, products * 8).unbind()
+        words = self._room(torch.int32, self.users, formats.quads(self.r), width)
+        kept, lost = self._floats(2, products * 8).unbind()
+        return (
+            fragments.data_ptr(), starts.data_ptr(), width, scan.step_pairs, words.data_ptr(), row_starts.data_ptr(),
+            kept.data_ptr(), lost.data_ptr(), *self.most_words,
+        )  # fmt: skip
+
+    def _sample(self) -> Tensor:
+        plan = self.plan
+        maxima = self._floats(self.users, plan.slots)
+        self._launch(
+            "sample_maxima", (self.card.blocks(-(-plan.slots // 8)), 1), THREADS, 0,
+            self.table_words, self.user_words, self.filter_words, (plan.step,), (plan.sample,), (plan.slots,),
+            (plan.turns,), (maxima.data_ptr(),),
+        )  # fmt: skip
+        return maxima
+
+    def _set_limits(self, maxima: Tensor | None) -> None:
+        slots = 0 if maxima is None else maxima.shape[1]
+        self._launch(
+            "set_limits", (self.users, 1), 256, _SELECT_SHARED,
+            (self.k,), (self.plan.rank,), (address(maxima),), (slots,), self.user_words, (self.largest.data_ptr(),),
+            (self.r,), self.codes_of_queries, self.limit_words,
+        )  # fmt: skip
+
+    def _scan(self) -> None:
+        codes, scan, bits = self.codes, self.scan, formats.bits_of(self.codes, self.r)
+        if len(codes.blocks) == 0:
+            return
+        single = "true" if columns_of_user(self.call.places) == 1 else "false"
+        groups = -(-self.users // scan.group_users)
+        tiles = -(-len(codes.blocks) // 2)
+        call_words = (
+            *self.table_words, *self.filter_words, *self.user_words,
+            codes.blocks.data_ptr(), len(codes.blocks), address(codes.fine), codes.reference.data_ptr(),
+            *self.codes_of_queries, *self.limit_words, *self.found_words, _rotation_roundings(codes),
+        )  # fmt: skip
+        per_processor = 3 if bits == 4 else 2
+        self._launch(
+            f"scan_codes<{bits}, {scan.steps}, {single}>", (self.card.blocks(tiles, per_processor), groups), THREADS,
+            scan.shared, call_words, (scan.group_users,),
+        )  # fmt: skip
+
+    def _score_rows(self, first: int) -> None:
+        self._launch(
+            "score_rows", (self.card.blocks(-(-(self.rows - first) // 8)), self.users), THREADS, 0,
+            self.table_words, self.user_words, self.filter_words, self.limit_words, self.found_words, (first,),
+        )  # fmt: skip
+
+    def _second_way(self) -> None:
+        left = self._room(torch.int32, self.users)
+        histograms = self._room(torch.int32, self.users, _PASSES, _PASS_BINS)
+        second = (self.unproven.data_ptr(), left.data_ptr(), histograms.data_ptr())
+        self._launch(
+            "begin_second_way", (self.users, 1), 256, 0, self.limit_words, self.found_words, second
+        )
+        grid = (self.card.blocks(-(-self.rows // 8), 4), self.users)
+        rows = (self.table_words, self.user_words, self.filter_words, self.limit_words, self.found_words, second)
+        for number in range(_PASSES):
+            self._launch("count_digits", grid, THREADS, _PASS_BINS * 4, *rows, (number,))
+        self._launch("collect_unproven", grid, THREADS, 0, *rows)
+
+    def _select(self, scores: Tensor, ids: Tensor) -> None:
+        itself = self.k <= SORTED
+        best = None if itself else self._room(torch.int64, self.users, self.k)
+        sorted_keys = 1 << max(min(self.k, self.plan.capacity) - 1, 0).bit_length()
+        shared = _SELECT_SHARED + (8 * sorted_keys if itself else 0)
+        self._launch(
+            "select_keys", (self.users, 1), _SELECT_THREADS, shared,
+            (self.keys.data_ptr(),), (self.found.data_ptr(),), (self.plan.capacity,), (self.k,),
+            (scores.data_ptr(),), (ids.data_ptr(),), (address(best),),
+        )  # fmt: skip
+        if best is not None:
+            _unpack(best, scores, ids)
+
+
+def _rotation_roundings(codes: Codes) -> int:
+    """As rotation_roundings of csrc/common/rotation.h."""
+    steps, p = codes.rotation.shape
+    return steps * (max(p - 1, 0).bit_length() + 2)
+
+
+def _unpack(best: Tensor, scores: Tensor, ids: Tensor) -> None:
+    """Keys in any order -> results in theirs. Unsigned keys have the order of signed ones with the first bit changed."""
+    signed = (best ^ torch.iinfo(torch.int64).min).sort(dim=1, descending=True).values
+    ordered = (signed >> 32).to(torch.int32)
+    real = signed != torch.iinfo(torch.int64).min
+    score = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    scores.copy_(score.where(real, -torch.inf))
+    ids.copy_((0xFFFFFFFF - (signed & 0xFFFFFFFF)).where(real, -1))
