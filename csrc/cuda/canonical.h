@@ -8,6 +8,8 @@
 
 namespace urm {
 
+constexpr int kTileRows = 4, kTileQueries = 4;  // of a half warp: a dot for each of its lanes
+
 static_assert(kLanes == kWarp / 2, "a half warp has a lane for every running sum");
 
 // The dot of one row and one query, in all lanes of the half. The halves may ask for different ones.
@@ -20,14 +22,32 @@ __device__ inline float half_dot(const Table& table, int64_t row, const float* q
   return sum;
 }
 
-constexpr int kTileRows = 4, kTileQueries = 4;  // of a half warp: a dot for each of its lanes
+// A tree over the lanes of a half for as many dots, of each of which a lane has one running sum: each step halves the
+// number that a lane keeps, and hands the others to the lane that it meets. Lane l ends with dot l.
+template <int kApart>
+__device__ __forceinline__ float dot_of_lane(float (&sums)[kLanes]) {
+  const bool upper = lane_of_warp() & kApart;
+#pragma unroll
+  for (int i = 0; i < kApart; ++i) {
+    const float keeps = upper ? sums[i + kApart] : sums[i], hands = upper ? sums[i] : sums[i + kApart];
+    sums[i] = keeps + __shfl_xor_sync(kAllLanes, hands, kApart);
+  }
+  if constexpr (kApart > 1) return dot_of_lane<kApart / 2>(sums);
+  return sums[0];
+}
+
+// By comparison, so that the array stays in registers.
+template <class T>
+__device__ __forceinline__ T one_of(const T (&four)[kTileRows], int i) {
+  return i < 2 ? (i == 0 ? four[0] : four[1]) : (i == 2 ? four[2] : four[3]);
+}
 
 // The dots of four rows with four queries, `query_stride` apart; lane l of the half gets that of row l / 4 and query
 // l % 4.
 __device__ inline float tile_dot(const Table& table, const int64_t (&rows)[kTileRows], const float* queries,
                                  int64_t query_stride, int queries_left) {
   const int lane = lane_of_warp() % kLanes;
-  float sums[kTileRows * kTileQueries] = {};
+  float sums[kLanes] = {};
   for (int64_t e = lane; e < table.r; e += kLanes) {
     float q[kTileQueries];
 #pragma unroll
@@ -40,17 +60,7 @@ __device__ inline float tile_dot(const Table& table, const int64_t (&rows)[kTile
         sums[i * kTileQueries + j] = fused_multiply_add(x, q[j], sums[i * kTileQueries + j]);
     }
   }
-  // Each step halves the number of dots that a lane keeps: it hands the others to the lane that it meets.
-#pragma unroll
-  for (int apart = kLanes / 2; apart > 0; apart /= 2) {
-    const bool upper = lane & apart;
-#pragma unroll
-    for (int i = 0; i < apart; ++i) {
-      const float keeps = upper ? sums[i + apart] : sums[i], hands = upper ? sums[i] : sums[i + apart];
-      sums[i] = keeps + __shfl_xor_sync(kAllLanes, hands, apart);
-    }
-  }
-  return sums[0];
+  return dot_of_lane<kLanes / 2>(sums);
 }
 
 // The score that all of a row's dots have become.
@@ -70,8 +80,9 @@ __device__ void scores_of_rows(const Table& table, const Users& users, int64_t f
                                const int64_t (&rows)[kTileRows], Use use) {
   const int lane = lane_of_warp() % kLanes, own = lane / kTileQueries;
   int64_t known[kTileRows];  // rows that can be read
+#pragma unroll
   for (int i = 0; i < kTileRows; ++i) known[i] = rows[i] < 0 ? 0 : rows[i];
-  const int64_t row = rows[own];
+  const int64_t row = one_of(rows, own), known_row = row < 0 ? 0 : row;
   const int64_t places = users.places, r = table.r;
   if (places == 1) {  // users side by side
     for (int64_t user = first_user; user < last_user; user += kTileQueries) {
@@ -88,7 +99,7 @@ __device__ void scores_of_rows(const Table& table, const Users& users, int64_t f
     const int count = users.count[user];
     const auto dot_at = [&](int m) {
       const float dot = tile_dot(table, known, queries + m * r, r, count - m);
-      return scaled_dot(table, known[own], dot);
+      return scaled_dot(table, known_row, dot);
     };
     float most = -kInfinity;
     for (int m = 0; m < count; m += kTileQueries) {

@@ -93,20 +93,19 @@ __device__ inline void rescore_pairs(const ScanCall& call, int64_t user, int64_t
   const int half = lane_of_warp() / kLanes;
   const Table& table = call.table;
   const int64_t r = table.r, places = call.users.places;
-  const int64_t users[2] = {__shfl_sync(kAllLanes, user, 0), __shfl_sync(kAllLanes, user, kLanes)};
-  const int64_t rows[2] = {__shfl_sync(kAllLanes, row, 0), __shfl_sync(kAllLanes, row, kLanes)};
-  int32_t most_queries = 0;
-  for (int64_t each : users)
-    if (each >= 0 && call.users.count[each] > most_queries) most_queries = call.users.count[each];
+  const int64_t user0 = __shfl_sync(kAllLanes, user, 0), user1 = __shfl_sync(kAllLanes, user, kLanes);
+  const int64_t row0 = __shfl_sync(kAllLanes, row, 0), row1 = __shfl_sync(kAllLanes, row, kLanes);
+  const int32_t count0 = user0 < 0 ? 0 : call.users.count[user0], count1 = user1 < 0 ? 0 : call.users.count[user1];
+  const int32_t most_queries = count0 > count1 ? count0 : count1;
   const float* queries = call.users.queries + (user < 0 ? 0 : user) * places * r;
   const int64_t known = row < 0 ? 0 : row;
   const auto dot_at = [&](int64_t m) { return scaled_dot(table, known, half_dot(table, known, queries + m * r)); };
   float best = -kInfinity;
   bool asked = false;
   for (int32_t first = 0; first < most_queries; first += kWarp) {
-    uint32_t reach[2];
-    for (int i = 0; i < 2; ++i) reach[i] = users[i] < 0 ? 0 : queries_that_reach<kBits>(call, users[i], rows[i], first);
-    uint32_t own = reach[half];
+    const uint32_t reach0 = first < count0 ? queries_that_reach<kBits>(call, user0, row0, first) : 0;
+    const uint32_t reach1 = first < count1 ? queries_that_reach<kBits>(call, user1, row1, first) : 0;
+    uint32_t own = half ? reach1 : reach0;
     asked |= own != 0;
     if (call.users.log_sum_exp) continue;
     while (__any_sync(kAllLanes, own != 0)) {
@@ -116,7 +115,7 @@ __device__ inline void rescore_pairs(const ScanCall& call, int64_t user, int64_t
     }
   }
   if (call.users.log_sum_exp && __any_sync(kAllLanes, asked)) {
-    const int32_t count = user < 0 ? 0 : call.users.count[user];
+    const int32_t count = half ? count1 : count0;
     for (int32_t m = 0; m < most_queries; ++m) {
       const float dot = dot_at(m < count ? m : 0);
       if (m < count) best = larger(dot, best);

@@ -22,7 +22,9 @@ constexpr int kTileBlocks = 2, kRowsOfTile = kTileBlocks * kBlockRows;
 constexpr int kProducts = 4;  // of a step: the rows of a load
 constexpr int kColumns = 8;   // of a product
 constexpr int kScanThreads = 128;
-constexpr int kQueue = kRowsOfTile * kColumns;  // pairs that a step over the columns can leave
+constexpr int kScanBlocks = 2;  // of a multiprocessor: their registers hold one tile and the next
+constexpr int kMostPairs = kRowsOfTile * kColumns;  // that one product's columns can leave
+constexpr int kQueue = 2 * kMostPairs;
 
 // The row's side of the bound: a, and a (G e + F n + ...) with the largest coefficients of the column group.
 struct RowTerms {
@@ -41,9 +43,8 @@ __device__ __forceinline__ int row_of_sum(int g, int j, int half) {
   return kBits == 4 ? kBlockRows * (g / 4) + kBlockRows / 2 * half + 4 * (g % 4) + j : kBlockRows * half + 4 * g + j;
 }
 
-constexpr int loads_of_step(int bits) {
-  return bits == 4 ? 2 : 4;
-}
+template <int kBits>
+constexpr int kLoads = kBits == 4 ? 2 : 4;  // of a step
 
 // Loads of step s: quads 8 s + t (of both blocks in turns under 8 bits), then 8 s + 4 + t.
 template <int kBits>
@@ -51,7 +52,7 @@ __device__ __forceinline__ void load_step(const Codes& codes, int64_t r, int64_t
   const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
   const int64_t last_quad = quads_of(r) - 1, last_block = codes.count - 1;
 #pragma unroll
-  for (int i = 0; i < loads_of_step(kBits); ++i) {
+  for (int i = 0; i < kLoads<kBits>; ++i) {
     const int64_t which = kBits == 4 ? g / 4 : i % 2, high = kBits == 4 ? i : i / 2;
     const int64_t wanted = tile * kTileBlocks + which, quad = 8 * step + 4 * high + t;
     const int64_t block = wanted < last_block ? wanted : last_block;
@@ -65,7 +66,7 @@ __device__ __forceinline__ void operands_of(const uint4* loads, uint32_t (&a)[kP
   const auto words = [](const uint4& x, uint32_t (&out)[4]) { out[0] = x.x, out[1] = x.y, out[2] = x.z, out[3] = x.w; };
   uint32_t from[4][4];
 #pragma unroll
-  for (int i = 0; i < loads_of_step(kBits); ++i) words(loads[i], from[i]);
+  for (int i = 0; i < kLoads<kBits>; ++i) words(loads[i], from[i]);
 #pragma unroll
   for (int j = 0; j < kProducts; ++j) {
     if (kBits == 4) {
@@ -168,7 +169,7 @@ struct ScanShared {
 // 1, 2, 4 or a multiple of 8. kSteps: 32 elements each, 2 or 4, whose codes stay in registers; 0: rows are longer, and codes
 // are loaded again for every eight columns. kSingle: width is 1, and no sum is the largest of several.
 template <int kBits, int kSteps, bool kSingle>
-__global__ void __launch_bounds__(kScanThreads) scan_codes(ScanCall call, int64_t group_users) {
+__global__ void __launch_bounds__(kScanThreads, kScanBlocks) scan_codes(ScanCall call, int64_t group_users) {
   URM_DYNAMIC_SHARED(shared);
   const int lane = lane_of_warp(), g = lane / 4, t = lane % 4;
   const int64_t r = call.table.r, width = call.queries.width, pairs_of_steps = call.queries.step_pairs;
@@ -234,24 +235,27 @@ __global__ void __launch_bounds__(kScanThreads) scan_codes(ScanCall call, int64_
 
   constexpr int kHeld = kSteps ? kSteps : 1;
   const int64_t tiles = (call.codes.count + kTileBlocks - 1) / kTileBlocks;
-  uint4 next[kHeld * loads_of_step(kBits)];
+  uint4 next[kHeld * kLoads<kBits>];
   LoadedSides next_sides;
   int64_t tile = warp_of_grid();
   const auto load_tile = [&](int64_t which) {
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) load_step<kBits>(call.codes, r, which, s, next + s * loads_of_step(kBits));
+    for (int s = 0; s < kSteps; ++s) load_step<kBits>(call.codes, r, which, s, next + s * kLoads<kBits>);
     next_sides = load_sides<kBits>(call, which);
   };
+  const auto load_next = [&](int64_t which) { load_tile(which < tiles ? which : tiles - 1); };
   if (tile < tiles) load_tile(tile);
-  for (; tile < tiles; tile += warps_of_grid()) {
+  int product = 0, user = 0;
+  while (tile < tiles) {
     uint32_t a[kHeld][kProducts][4];
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) operands_of<kBits>(next + s * loads_of_step(kBits), a[s]);
+    for (int s = 0; s < kSteps; ++s) operands_of<kBits>(next + s * kLoads<kBits>, a[s]);
     write_terms(next_sides, slack, lost_reference, norm_reference, terms);
     __syncwarp();
-    if (tile + warps_of_grid() < tiles) load_tile(tile + warps_of_grid());
+    const int64_t following = tile + warps_of_grid();
+    load_next(following);
 
-    for (int product = 0, user = 0; product < products; product += of_user, user += side_by_side) {
+    for (; product < products && queue.size <= kQueue - kMostPairs; product += of_user, user += side_by_side) {
       int32_t largest[kProducts][2];
       int32_t sums[kProducts][4];
       for (int more = 0; more < of_user; ++more) {
@@ -352,9 +356,18 @@ __global__ void __launch_bounds__(kScanThreads) scan_codes(ScanCall call, int64_
           }
         }
       }
-      if (queue.size) rescore_queue<kBits>(call, first_user, tile, queue);
+    }
+    const bool finished = product >= products;
+    if (queue.size) {
+      // Neither this tile's operands nor the next one's loads take registers meanwhile: they are loaded again.
+      rescore_queue<kBits>(call, first_user, tile, queue);
+      load_next(finished ? following : tile);
     }
     __syncwarp();
+    if (finished) {
+      tile = following;
+      product = user = 0;
+    }
   }
   if (call.found.counts && blockIdx.x == 0 && threadIdx.x == 0 && blockIdx.y == 0)
     atomicAdd(call.found.counts, static_cast<unsigned long long>(gridDim.y * call.codes.count * block_bytes(r, kBits)));

@@ -13,6 +13,7 @@ GROUP = 256  # users of one scan
 SORTED = 4096  # results that the selection sorts itself
 THREADS = 128
 WARPS = THREADS // 32
+SCAN_BLOCKS = 2  # of a multiprocessor, as kScanBlocks of csrc/cuda/scan_codes.h
 FEWEST_SAMPLED, MOST_SAMPLED = 1 << 14, 1 << 18  # rows
 SAMPLED_DOTS = 1 << 23  # about a twentieth of a millisecond of an H100
 SHARED_COLUMNS = 1 << 16  # bytes of a column group's codes in shared memory
@@ -95,7 +96,7 @@ def plan_scan(users: int, places: int, r: int) -> Scan:
     products = -(-group_users * width // 8)
     held = products * pairs * 512 + _sixteens(products * 32) if steps else 0
     rows = 2 * BLOCK
-    shared = held + 2 * _sixteens(group_users * 4) + 16 + WARPS * (rows * 16 + rows * 8 * 4)
+    shared = held + 2 * _sixteens(group_users * 4) + 16 + WARPS * (rows * 16 + 2 * rows * 8 * 4)
     return Scan(steps, pairs, group_users, shared)
 
 

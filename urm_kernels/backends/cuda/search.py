@@ -13,7 +13,7 @@ from ..codes import Codes
 from ..table_view import ScanOptions, TableView, without_removed
 from .encoding import rotation_words
 from .launching import Launcher, Words, address, table_words
-from .plan import SORTED, THREADS, WARPS, Card, Plan, columns_of_user, make_plan, plan_scan
+from .plan import SCAN_BLOCKS, SORTED, THREADS, WARPS, Card, Plan, columns_of_user, make_plan, plan_scan
 
 _COMBINE = {"max": 0, "logsumexp": 0, "sum": 1, "mean": 2}
 _SELECT_THREADS, _SELECT_SHARED = 512, 256 * 4 + 16  # kSelectShared
@@ -226,9 +226,8 @@ class _Search:
             codes.blocks.data_ptr(), len(codes.blocks), address(codes.fine), codes.reference.data_ptr(),
             *self.codes_of_queries, *self.limit_words, *self.found_words, _rotation_roundings(codes),
         )  # fmt: skip
-        per_processor = 3 if bits == 4 else 2
         self._launch(
-            f"scan_codes<{bits}, {scan.steps}, {single}>", (self.card.blocks(tiles, per_processor), groups), THREADS,
+            f"scan_codes<{bits}, {scan.steps}, {single}>", (self.card.blocks(tiles, SCAN_BLOCKS), groups), THREADS,
             scan.shared, call_words, (scan.group_users,),
         )  # fmt: skip
 
