@@ -1,10 +1,13 @@
 """Fixtures: a device, and every backend, instruction set and way to scan in turn."""
 
 import os
+import zlib
 
+import packed_calls
 import pytest
 import torch
 from hypothesis import settings
+from support import CODES
 
 from urm_kernels.backends import select
 from urm_kernels.testing import available_backends, forced
@@ -28,11 +31,14 @@ CHEAP_SCORES = ("avx512_vnni", "amx")  # the kernels of avx512, with a cheap sco
 BACKENDS = [name for name in select.BACKENDS if name != "cpu" or DEVICE == "cpu"]
 if DEVICE != "cuda" and not INTERPRETED:
     BACKENDS.remove("triton")
+BACKENDS.remove("cuda")  # for packed tables only: a machine of its own
 MACHINES = [(name, None, None) for name in BACKENDS if name != "cpu"]
 if DEVICE == "cpu":
     # Small tables are scanned exactly unless a bounded scan is forced.
     MACHINES += [("cpu", isa, "exact") for isa in INSTRUCTION_SETS]
     MACHINES += [("cpu", isa, "bounded") for isa in CHEAP_SCORES]
+if DEVICE != "stand_in" and not INTERPRETED:
+    MACHINES += [("cuda", None, "packed")]
 
 
 def pytest_configure(config):
@@ -72,7 +78,15 @@ def device():
 
 @pytest.fixture(params=MACHINES, ids=lambda machine: "/".join(filter(None, machine)))
 def machine(request, device):
-    """(backend, instruction set, way to scan), forced for the test."""
+    """(backend, instruction set, way to scan), forced for the test. On "cuda" tables are packed, with codes that each test
+    has drawn by its name."""
+    if request.param[0] == "cuda":
+        if reason := packed_calls.why_not(device):
+            pytest.skip(reason)
+        kinds = CODES[zlib.crc32(request.node.name.encode()) % len(CODES)]
+        with packed_calls.packed_calls(kinds, device):
+            yield request.param
+        return
     if request.param[:2] not in available_backends(device):
         pytest.skip(f"{'/'.join(filter(None, request.param))} cannot run on {device} of this machine")
     with forced(*request.param):

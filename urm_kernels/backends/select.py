@@ -9,13 +9,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import cpu, reference, triton
+from . import cpu, cuda, reference, triton
 from .table_view import TableView
 
 log = logging.getLogger("urm_kernels")
 
 # Preferred first.
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "reference": reference}
 
 FUNCTIONS = ("score_topk", "score_candidates", "log_partition")
 
@@ -51,6 +51,8 @@ def _why_not(backend: ModuleType, function: str, queries: Tensor, table: TableVi
         return "it has no kernel for rows with a scale"
     if reason is None and counts and not backend.COUNTS:
         return "it does not count what a scan does"
+    if reason is None and hasattr(backend, "declines"):
+        return backend.declines(queries, table)
     return reason
 
 

@@ -1,0 +1,66 @@
+"""Calls of score_topk as the CUDA backend answers them: every table is packed first, by the device's own encoder.
+
+On a CUDA device these are the real kernels, on the CPU their stand-in (simt/). The contract's tests thereby run on the
+kernels of packed tables as on every other machine.
+"""
+
+import contextlib
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+
+import simt
+from urm_kernels.backends import codes as formats
+from urm_kernels.backends import cuda, select
+from urm_kernels.backends.cuda import launching, plan
+from urm_kernels.table_codes import _PACKABLE, room_for
+
+
+def why_not(device):
+    """Why no such call can be made on a device, or None."""
+    return cuda.why_not(device, ()) if device.type == "cuda" else simt.why_not()
+
+
+@contextlib.contextmanager
+def stand_in(device=torch.device("cpu")):
+    """Within, the CUDA backend takes CPU tensors; nothing changes on a CUDA device."""
+    if device.type == "cuda":
+        yield
+        return
+    launching.install_stand_in(simt.launcher())
+    try:
+        yield
+    finally:
+        launching.install_stand_in(None)
+
+
+@contextlib.contextmanager
+def packed_calls(kinds, device):
+    """Within, the table of every call of score_topk is packed, and scanned however small it is."""
+    choose = select.choose
+
+    def chosen(function, queries, table, requested, *, counts=False):
+        if function != "score_topk" or not _takes(table) or cuda.why_not(table.items.device, table.dtypes()):
+            return choose(function, queries, table, requested, counts=counts)
+        return SimpleNamespace(
+            score_topk=lambda q, t, options, *rest: cuda.score_topk(q, packed(t, kinds), options, *rest)
+        )
+
+    small = {"DENSE_ROWS": 40, "FEWEST_SAMPLED": 128, "MOST_SAMPLED": 1024}
+    with stand_in(device), mock.patch.object(select, "choose", chosen), mock.patch.multiple(plan, **small):
+        yield
+
+
+def _takes(table):
+    width = table.items.shape[1]
+    return table.overlay is None and table.items.dtype in _PACKABLE and 1 <= width <= formats.MAX_WIDTH
+
+
+def packed(table, kinds, seed=0):
+    """The view with codes, which the device has made."""
+    rows, r = table.items.shape
+    codes = room_for(formats.rotation(r, seed).to(table.items.device), rows, r, kinds)
+    if rows >= formats.BLOCK:
+        cuda.encode_blocks(table.items.detach(), table.row_scale, codes)
+    return table._replace(codes=codes._replace(reference=formats.references(codes, r)))
