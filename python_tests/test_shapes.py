@@ -173,6 +173,8 @@ def test_views_that_torch_resolves_lazily(machine, device):
 
 
 def test_more_users_than_65535(machine, device):
+    if machine[0] == "cuda" and device.type == "cpu":
+        pytest.skip("minutes on fibers, for groups of 256 users as in every other test")
     users = 65_537 + 40
     queries = (torch.arange(users, device=device) % 7 - 3).float()[:, None]
     items = torch.tensor([[-1.0], [0.0], [1.0]], device=device)

@@ -1,7 +1,9 @@
 // urm_kernels._cuda: imports without a driver and says what is missing.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "../cuda/device.h"
+#include "../cuda/launch.h"
 
 namespace py = pybind11;
 
@@ -21,4 +23,12 @@ PYBIND11_MODULE(_cuda, m) {
         return urm::cuda_read_bandwidth(data, count, stream);
       },
       "Bytes a second of one read of `count` floats at a device address.");
+  m.def(
+      "launch",
+      [](const std::string& name, int64_t blocks, int64_t rows, int64_t threads, int64_t shared_bytes, uintptr_t stream,
+         const std::vector<std::vector<int64_t>>& arguments) {
+        const py::gil_scoped_release released;
+        urm::launch(name, {blocks, rows, threads, shared_bytes, stream}, arguments);
+      },
+      "Runs a kernel of csrc/cuda/kernels.h on the current device; see urm_kernels.backends.cuda.launching.");
 }

@@ -114,8 +114,10 @@ URM_HOST_DEVICE float value_of_half(uint16_t half) {
   return x;
 }
 
-constexpr int kClips = 7;     // scales tried of 4-bit codes: the largest element becomes 1, 15/16, ... 10/16 of the largest code
-constexpr int kCodeSums = 4;  // running sums of a sum over elements: element e goes to e % 4, (0 + 2) + (1 + 3) in the end
+constexpr int kClips =
+    7;  // scales tried of 4-bit codes: the largest element becomes 1, 15/16, ... 10/16 of the largest code
+constexpr int kCodeSums =
+    4;  // running sums of a sum over elements: element e goes to e % 4, (0 + 2) + (1 + 3) in the end
 
 URM_HOST_DEVICE int clips_of(int bits) {
   return bits == 4 ? kClips : 1;
@@ -163,9 +165,9 @@ URM_HOST_DEVICE EncodedSide encoded_side(float largest, RowExponent exponent, fl
   return {{1.0f, 0, kHalfInfinity}, false};
 }
 
-// Of a scaled row, whose dots are formed with the row as it lies and scaled then: where these may overflow, lose more by
-// underflow than the bound allows for, or outlive a scaled row that vanishes, the row may hold anything. before, after:
-// the largest element as it lies and scaled.
+// Of a scaled row, whose dots are formed with the row as it lies and scaled then: where these may overflow, lose more
+// by underflow than the bound allows for, or outlive a scaled row that vanishes, the row may hold anything. before,
+// after: the largest element as it lies and scaled.
 URM_HOST_DEVICE bool scale_is_hazardous(float before, float after, float scale) {
   const bool vanished = after == 0.0f && before > 0.0f && scale != 0.0f;
   const bool enlarges = before > 0.0f && before < kLeastScaledElement && fabsf(scale) > 1.0f;

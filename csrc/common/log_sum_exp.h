@@ -69,7 +69,7 @@ struct SumOfExponentials {
 #if defined(__CUDACC__)
   __host__ __device__
 #endif
-  void add(float dot) {
+      void add(float dot) {
     const float term = canonical_exp(dot - largest) - excess;
     const float next = sum + term;
     excess = (next - sum) - term;

@@ -33,7 +33,7 @@ enum MaskKind : int64_t { kNoMask = 0, kBytes = 1, kBits = 2 };
 struct Filter {
   const uint8_t* mask;
   int64_t kind, user_stride, row_stride;
-  const uint8_t* alive;   // bits of rows that have not been removed, or null
+  const uint8_t* alive;    // bits of rows that have not been removed, or null
   const int64_t* exclude;  // [users, exclude_count], each ascending
   int64_t exclude_count;
 };

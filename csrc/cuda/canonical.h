@@ -73,8 +73,9 @@ __device__ inline float scaled_dot(const Table& table, int64_t row, float dot) {
   return table.row_scale.data ? dot * value_of(table.row_scale, row) : dot;
 }
 
-// Calls use(user, row, score) for every user from first_user to last_user and each of eight rows of a warp, four a half;
-// rows that are not there (-1) are left out. All lanes of the warp are here; `use` is called by lanes that differ.
+// Calls use(user, row, score) for every user from first_user to last_user and each of eight rows of a warp, four a
+// half; rows that are not there (-1) are left out. All lanes of the warp are here; `use` is called by lanes that
+// differ.
 template <class Use>
 __device__ void scores_of_rows(const Table& table, const Users& users, int64_t first_user, int64_t last_user,
                                const int64_t (&rows)[kTileRows], Use use) {
@@ -101,7 +102,7 @@ __device__ void scores_of_rows(const Table& table, const Users& users, int64_t f
       const float dot = tile_dot(table, known, queries + m * r, r, count - m);
       return scaled_dot(table, known_row, dot);
     };
-    float most = -kInfinity;
+    float most = -infinity();
     for (int m = 0; m < count; m += kTileQueries) {
       const float dot = dot_at(m);
       if (m + lane % kTileQueries < count) most = larger(dot, most);

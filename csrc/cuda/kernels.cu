@@ -1,12 +1,11 @@
 // The kernels as nvcc compiles them, and how one is launched by name.
-#include "kernels.h"
-
 #include <cuda_runtime.h>
 
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
 
+#include "kernels.h"
 #include "launch.h"
 
 namespace urm {
@@ -35,7 +34,8 @@ void launch(const std::string& name, Grid grid, const std::vector<std::vector<in
   std::vector<void*> values;
   for (const std::vector<int64_t>& words : arguments) values.push_back(const_cast<int64_t*>(words.data()));
   if (static_cast<std::size_t>(grid.shared_bytes) > kSharedWithoutAsking)
-    check(cudaFuncSetAttribute(found->second, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)),
+    check(cudaFuncSetAttribute(found->second, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(grid.shared_bytes)),
           name);
   check(cudaLaunchKernel(found->second, dim3(grid.blocks, grid.rows), dim3(grid.threads), values.data(),
                          grid.shared_bytes, reinterpret_cast<cudaStream_t>(grid.stream)),

@@ -32,9 +32,9 @@ __device__ inline int64_t query_at(const uint8_t* exists, int64_t M, int64_t pla
   return found;
 }
 
-// One warp a place of a user: given fp32 [B, M, r] -> packed, rotated fp32 [B, places, r] and largest fp32 [B, places], of
-// the rotated query (NaN where an element is, kZeroQuery where all are zero); count int32 [B]. Under kSum and kMean a
-// user has one place: existing queries added in ascending m, divided by their number once. Counters [B] are zeroed.
+// One warp a place of a user: given fp32 [B, M, r] -> packed, rotated fp32 [B, places, r] and largest fp32 [B, places],
+// of the rotated query (NaN where an element is, kZeroQuery where all are zero); count int32 [B]. Under kSum and kMean
+// a user has one place: existing queries added in ascending m, divided by their number once. Counters [B] are zeroed.
 //
 // Shared memory: r floats a warp.
 __global__ void prepare_queries(const float* given, const uint8_t* exists, int64_t B, int64_t M, int64_t combine,
@@ -72,7 +72,7 @@ __global__ void prepare_queries(const float* given, const uint8_t* exists, int64
       most = !(fabsf(x[e]) <= most) ? fabsf(x[e]) : most;
     }
     most = largest_of_lanes(most);
-    if (most != most) most = kInfinity;  // of an infinite element
+    if (most != most) most = infinity();  // of an infinite element
     if (lane == 0) {
       largest[task] = before != before ? before : before == 0.0f ? kZeroQuery : most;
       if (place == 0) {
@@ -101,8 +101,8 @@ __device__ inline float usable_reference(float reference, int64_t r, int bits) {
 }
 
 // What a scan and its survivors need of the codes of the queries, `width` columns a user. The scan's operands lie as
-// scan_codes.h says; for one row at a time there are words [B, quads, width], starts, kept and lost [B, width]. Of a user:
-// step (0: no certain bound), and the largest kept and lost.
+// scan_codes.h says; for one row at a time there are words [B, quads, width], starts, kept and lost [B, width]. Of a
+// user: step (0: no certain bound), and the largest kept and lost.
 struct QueryCodes {
   uint32_t* fragments;
   int32_t* starts;

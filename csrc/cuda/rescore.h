@@ -13,8 +13,8 @@ constexpr int kFewQueries = 4;  // up to here scoring all takes less than tellin
 
 // Lists of keys that reach the threshold; a list that is full keeps counting.
 struct Found {
-  uint64_t* keys;           // [B, capacity]
-  unsigned int* count;      // [B]
+  uint64_t* keys;       // [B, capacity]
+  unsigned int* count;  // [B]
   int64_t capacity;
   unsigned long long* counts;  // bytes read, survivors of the scan, pairs scored; or null
 };
@@ -38,7 +38,8 @@ struct ScanCall {
 // A word of the codes of one row, signed bytes: of the fine ones where there are any.
 template <int kBits>
 __device__ __forceinline__ uint32_t signed_quad(const Codes& codes, int64_t r, int64_t row, int64_t quad) {
-  if (codes.fine) return *reinterpret_cast<const uint32_t*>(codes.fine + row * fine_row_bytes(r) + quad * kQuad) ^ 0x80808080u;
+  if (codes.fine)
+    return *reinterpret_cast<const uint32_t*>(codes.fine + row * fine_row_bytes(r) + quad * kQuad) ^ 0x80808080u;
   const unsigned char* block = codes.blocks + row / kBlockRows * block_bytes(r, kBits);
   const int64_t in_block = row % kBlockRows;
   const uint32_t word = *reinterpret_cast<const uint32_t*>(block + code_place(in_block, quad * kQuad, kBits));
@@ -73,7 +74,8 @@ __device__ inline uint32_t queries_that_reach(const ScanCall& call, int64_t user
     sum = add_products(signed_quad<kBits>(call.codes, r, row, quad), __ldg(words + quad * width), sum);
   const RowSide side = side_of<kBits>(call.codes, r, row);
   const float lost = value_of_half(side.lost), norm = value_of_half(side.norm);
-  const float error = code_error(r, call.rotation_roundings) * (call.queries.kept_most[user] + call.queries.lost_most[user]);
+  const float error =
+      code_error(r, call.rotation_roundings) * (call.queries.kept_most[user] + call.queries.lost_most[user]);
   float bound = float_not_below(sum) * step;
   bound = fused_multiply_add(call.queries.kept[at], lost, bound);
   bound = fused_multiply_add(call.queries.lost[at], norm, bound);
@@ -100,7 +102,7 @@ __device__ inline void rescore_pairs(const ScanCall& call, int64_t user, int64_t
   const float* queries = call.users.queries + (user < 0 ? 0 : user) * places * r;
   const int64_t known = row < 0 ? 0 : row;
   const auto dot_at = [&](int64_t m) { return scaled_dot(table, known, half_dot(table, known, queries + m * r)); };
-  float best = -kInfinity;
+  float best = -infinity();
   bool asked = false;
   for (int32_t first = 0; first < most_queries; first += kWarp) {
     const uint32_t reach0 = first < count0 ? queries_that_reach<kBits>(call, user0, row0, first) : 0;

@@ -2,15 +2,9 @@
 #pragma once
 
 #include "../common/codes.h"
-#include "arguments.h"
+#include "warp.h"
 
 namespace urm {
-
-__device__ inline float float_of_bits(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
 
 __device__ inline float widen_half(uint16_t half) {
 #if defined(__CUDA_ARCH__)
@@ -25,8 +19,8 @@ __device__ inline float widen_half(uint16_t half) {
 // e4m3fn: the bits of its magnitude, seven places up, are a half's with 2^-8 of the value.
 __device__ inline float widen_float8(uint8_t x) {
   const uint16_t magnitude = x & 0x7F;
-  const float value = magnitude == 0x7F ? float_of_bits(0x7FC00000u)
-                                        : value_of_half(static_cast<uint16_t>(magnitude << 7)) * 256.0f;
+  const float value =
+      magnitude == 0x7F ? float_of_bits(0x7FC00000u) : value_of_half(static_cast<uint16_t>(magnitude << 7)) * 256.0f;
   return x & 0x80 ? -value : value;
 }
 

@@ -1,17 +1,19 @@
-// The scan of a packed table: integer products of codes on the tensor cores, an upper bound of every score from them, and
-// for what may still win the exact score at once, by the same warp. Lists hold nothing but keys that reach the threshold.
+// The scan of a packed table: integer products of codes on the tensor cores, an upper bound of every score from them,
+// and for what may still win the exact score at once, by the same warp. Lists hold nothing but keys that reach the
+// threshold.
 //
-// A warp takes 64 rows, two blocks of codes, and all queries of its column group. A load of 16 bytes has one quad of four
-// neighbouring rows; it is at once an operand of four products, one for each of these rows (j = 0..3):
+// A warp takes 64 rows, two blocks of codes, and all queries of its column group. A load of 16 bytes has one quad of
+// four neighbouring rows; it is at once an operand of four products, one for each of these rows (j = 0..3):
 //
-//   4 bits: lanes 4 g + t load quad t of rows 4 (g % 4) + j of block g / 4, and in the high halves of rows 16 + ...; the
+//   4 bits: lanes 4 g + t load quad t of rows 4 (g % 4) + j of block g / 4, and in the high halves of rows 16 + ...;
+//   the
 //           low halves are the operand's rows g, the high ones its rows g + 8. High halves are not shifted down: their
 //           products are sixteen times as large, as their starts are.
 //   8 bits: quad t of rows 4 g + j, of the first block for the operand's rows g, of the second for its rows g + 8.
 //
-// Quads 8 s + t and 8 s + 4 + t belong to step s. Which element a place of the operand has does not matter, as long as the
-// queries' codes agree: fragments uint4 [columns / 8][steps / 2][lane] hold for two steps the two words of column lane / 4.
-// Quads behind the last are the last one again, with codes of zero on the queries' side.
+// Quads 8 s + t and 8 s + 4 + t belong to step s. Which element a place of the operand has does not matter, as long as
+// the queries' codes agree: fragments uint4 [columns / 8][steps / 2][lane] hold for two steps the two words of column
+// lane / 4. Quads behind the last are the last one again, with codes of zero on the queries' side.
 #pragma once
 
 #include "rescore.h"
@@ -22,7 +24,7 @@ constexpr int kTileBlocks = 2, kRowsOfTile = kTileBlocks * kBlockRows;
 constexpr int kProducts = 4;  // of a step: the rows of a load
 constexpr int kColumns = 8;   // of a product
 constexpr int kScanThreads = 128;
-constexpr int kScanBlocks = 2;  // of a multiprocessor: their registers hold one tile and the next
+constexpr int kScanBlocks = 2;                      // of a multiprocessor: their registers hold one tile and the next
 constexpr int kMostPairs = kRowsOfTile * kColumns;  // that one product's columns can leave
 constexpr int kQueue = 2 * kMostPairs;
 
@@ -56,7 +58,8 @@ __device__ __forceinline__ void load_step(const Codes& codes, int64_t r, int64_t
     const int64_t which = kBits == 4 ? g / 4 : i % 2, high = kBits == 4 ? i : i / 2;
     const int64_t wanted = tile * kTileBlocks + which, quad = 8 * step + 4 * high + t;
     const int64_t block = wanted < last_block ? wanted : last_block;
-    const int64_t place = (quad < last_quad ? quad : last_quad) * (kBits == 4 ? 64 : 128) + 16 * (kBits == 4 ? g % 4 : g);
+    const int64_t place =
+        (quad < last_quad ? quad : last_quad) * (kBits == 4 ? 64 : 128) + 16 * (kBits == 4 ? g % 4 : g);
     loads[i] = __ldg(reinterpret_cast<const uint4*>(codes.blocks + block * block_bytes(r, kBits) + place));
   }
 }
@@ -122,7 +125,8 @@ struct Queue {
 
   __device__ __forceinline__ void push(bool survives, int user, int row) {
     const uint32_t votes = __ballot_sync(kAllLanes, survives);
-    if (survives) pairs[size + __popc(votes & ((1u << lane_of_warp()) - 1))] = static_cast<uint32_t>(user * kRowsOfTile + row);
+    if (survives)
+      pairs[size + __popc(votes & ((1u << lane_of_warp()) - 1))] = static_cast<uint32_t>(user * kRowsOfTile + row);
     size += __popc(votes);
   }
 };
@@ -165,9 +169,10 @@ struct ScanShared {
   uint32_t* queue;
 };
 
-// Programs: (as many as fill the device, column groups). A column group is group_users users, each with `width` columns:
-// 1, 2, 4 or a multiple of 8. kSteps: 32 elements each, 2 or 4, whose codes stay in registers; 0: rows are longer, and codes
-// are loaded again for every eight columns. kSingle: width is 1, and no sum is the largest of several.
+// Programs: (as many as fill the device, column groups). A column group is group_users users, each with `width`
+// columns: 1, 2, 4 or a multiple of 8. kSteps: 32 elements each, 2 or 4, whose codes stay in registers; 0: rows are
+// longer, and codes are loaded again for every eight columns. kSingle: width is 1, and no sum is the largest of
+// several.
 template <int kBits, int kSteps, bool kSingle>
 __global__ void __launch_bounds__(kScanThreads, kScanBlocks) scan_codes(ScanCall call, int64_t group_users) {
   URM_DYNAMIC_SHARED(shared);
@@ -192,15 +197,17 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks) scan_codes(ScanCall
   float* limit = reinterpret_cast<float*>(take(group_users * 4));
   float* inverse = reinterpret_cast<float*>(take(group_users * 4));
   GroupSlack* slack_place = reinterpret_cast<GroupSlack*>(take(sizeof(GroupSlack)));
-  RowTerms* terms = reinterpret_cast<RowTerms*>(take(blockDim.x / kWarp * kRowsOfTile * sizeof(RowTerms))) + warp_of_block() * kRowsOfTile;
+  RowTerms* terms = reinterpret_cast<RowTerms*>(take(blockDim.x / kWarp * kRowsOfTile * sizeof(RowTerms))) +
+                    warp_of_block() * kRowsOfTile;
   uint32_t* pairs = reinterpret_cast<uint32_t*>(take(blockDim.x / kWarp * kQueue * 4)) + warp_of_block() * kQueue;
 
-  const uint4* all_fragments = reinterpret_cast<const uint4*>(call.queries.fragments) + first_product * pairs_of_steps * kWarp;
+  const uint4* all_fragments =
+      reinterpret_cast<const uint4*>(call.queries.fragments) + first_product * pairs_of_steps * kWarp;
   const int2* all_starts = reinterpret_cast<const int2*>(call.queries.starts) + first_product * 4;
   for (int64_t i = threadIdx.x; i < held; i += blockDim.x) fragments[i] = all_fragments[i];
   for (int i = threadIdx.x; kSteps && i < products * 4; i += blockDim.x) starts[i] = all_starts[i];
   for (int i = threadIdx.x; i < group_users; i += blockDim.x) {
-    limit[i] = i < users ? call.limits.limit[first_user + i] : kInfinity;
+    limit[i] = i < users ? call.limits.limit[first_user + i] : infinity();
     inverse[i] = i < users ? call.limits.inverse[first_user + i] : 0.0f;
   }
   if (threadIdx.x < kWarp) {
@@ -293,7 +300,8 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks) scan_codes(ScanCall
           for (int j = 0; j < kProducts; ++j)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              const int32_t both = sums[j][2 * half] > sums[j][2 * half + 1] ? sums[j][2 * half] : sums[j][2 * half + 1];
+              const int32_t both =
+                  sums[j][2 * half] > sums[j][2 * half + 1] ? sums[j][2 * half] : sums[j][2 * half + 1];
               largest[j][half] = more && largest[j][half] > both ? largest[j][half] : both;
             }
         }
@@ -317,7 +325,9 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks) scan_codes(ScanCall
           const int own = user + t;
 #pragma unroll
           for (int i = 0; i < 8; ++i)
-            reach |= static_cast<uint32_t>(own < users && survives(largest[i / 2][i % 2], row_of_sum<kBits>(g, i / 2, i % 2), own)) << i;
+            reach |= static_cast<uint32_t>(own < users &&
+                                           survives(largest[i / 2][i % 2], row_of_sum<kBits>(g, i / 2, i % 2), own))
+                     << i;
           if (__any_sync(kAllLanes, reach != 0))
             for (int i = 0; i < 8; ++i) queue.push(reach >> i & 1, own, row_of_sum<kBits>(g, i / 2, i % 2));
         } else {
@@ -341,7 +351,8 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks) scan_codes(ScanCall
               reach |= static_cast<uint32_t>(own < users && survives(two[i / 2][i % 2], row, own)) << i;
             }
             if (__any_sync(kAllLanes, reach != 0))
-              for (int i = 0; i < 4; ++i) queue.push(reach >> i & 1, own, row_of_sum<kBits>(g, 2 * upper + i / 2, i % 2));
+              for (int i = 0; i < 4; ++i)
+                queue.push(reach >> i & 1, own, row_of_sum<kBits>(g, 2 * upper + i / 2, i % 2));
           } else {
             const int half = t / 2;
 #pragma unroll

@@ -1,7 +1,7 @@
 // Exact selection for users whose threshold was not proven, because fewer than k rows reach it or more than their list
 // holds: a radix select over canonical keys. A launch a digit counts the digits of all rows of those users, the most
-// significant first, until the keys from the chosen one on fit the list; a last launch collects them. Brute force, and no
-// worse: no order of rows and no tie makes it longer. Launches find nothing to do where every user is proven.
+// significant first, until the keys from the chosen one on fit the list; a last launch collects them. Brute force, and
+// no worse: no order of rows and no tie makes it longer. Launches find nothing to do where every user is proven.
 #pragma once
 
 #include "rescore.h"
@@ -11,17 +11,17 @@ namespace urm {
 constexpr int kPasses = 6, kPassBits = 11, kPassBins = 1 << kPassBits;  // the last digit has the nine bits that remain
 
 struct SecondWay {
-  int64_t* unproven;        // how many users, of all calls that share it
-  int32_t* left;            // [B], whether the user is one of them
-  uint32_t* histograms;     // [B, kPasses, kPassBins]
+  int64_t* unproven;     // how many users, of all calls that share it
+  int32_t* left;         // [B], whether the user is one of them
+  uint32_t* histograms;  // [B, kPasses, kPassBins]
 };
 
 __device__ inline int shift_of_pass(int pass) {
   return pass < kPasses - 1 ? 64 - kPassBits * (pass + 1) : 0;
 }
 
-// What the passes before `pass` have found: keys from `least` on hold the k best; they share the digits above `shift` with
-// the k-th. fits: no more of them than the list has room for.
+// What the passes before `pass` have found: keys from `least` on hold the k best; they share the digits above `shift`
+// with the k-th. fits: no more of them than the list has room for.
 struct Narrowed {
   uint64_t least;
   int shift;
@@ -35,7 +35,8 @@ __device__ inline Narrowed narrow(const uint32_t* histograms, int64_t wanted, in
   const int lane = lane_of_warp();
   constexpr int kOwn = kPassBins / kWarp;
   for (int earlier = 0; earlier < pass && !out.fits; ++earlier) {
-    const uint32_t* bins = histograms + earlier * kPassBins + (kWarp - 1 - lane) * kOwn;  // lane 0 has the highest digits
+    const uint32_t* bins =
+        histograms + earlier * kPassBins + (kWarp - 1 - lane) * kOwn;  // lane 0 has the highest digits
     int64_t own = 0;
     for (int i = 0; i < kOwn; ++i) own += bins[i];
     int64_t above = own;
@@ -73,7 +74,7 @@ __device__ inline Narrowed narrow(const uint32_t* histograms, int64_t wanted, in
 __global__ void begin_second_way(Limits limits, Found found, SecondWay second) {
   const int64_t user = blockIdx.x, wanted = limits.wanted[user];
   const unsigned int count = found.count[user];
-  const bool short_of = limits.threshold[user] > -kInfinity && count < wanted;
+  const bool short_of = limits.threshold[user] > -infinity() && count < wanted;
   const bool left = wanted > 0 && (short_of || count > found.capacity);
   __syncthreads();
   if (threadIdx.x == 0) second.left[user] = left;
@@ -128,7 +129,8 @@ __global__ void count_digits(Table table, Users users, Filter filter, Limits lim
 }
 
 // Programs: (any number, users).
-__global__ void collect_unproven(Table table, Users users, Filter filter, Limits limits, Found found, SecondWay second) {
+__global__ void collect_unproven(Table table, Users users, Filter filter, Limits limits, Found found,
+                                 SecondWay second) {
   const int64_t user = blockIdx.y;
   if (!second.left[user]) return;
   const Narrowed narrowed =

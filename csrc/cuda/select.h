@@ -9,8 +9,8 @@ namespace urm {
 constexpr int kDigit = 8, kBins = 1 << kDigit;  // of a pass
 constexpr int64_t kSelectShared = kBins * 4 + 16;
 
-// The rank-th largest (from 1) of `count` keys, of which the `digits` highest bytes may differ; at most `count`. The same
-// in all threads of the block.
+// The rank-th largest (from 1) of `count` keys, of which the `digits` highest bytes may differ; at most `count`. The
+// same in all threads of the block.
 template <class Key>
 __device__ uint64_t key_at_rank(int64_t count, int64_t rank, unsigned char* shared, Key key_of, int digits) {
   uint32_t* bins = reinterpret_cast<uint32_t*>(shared);
@@ -71,8 +71,8 @@ __device__ inline void sort_keys(uint64_t* keys, int count) {
 }
 
 // One block a user: the k best of found[user] keys [B, capacity], all different. Where k is at most kSorted they are
-// sorted and become scores fp32 and ids int64 [B, k], padded with -inf and -1; else they go to best [B, k] in any order,
-// with kNoKey behind them.
+// sorted and become scores fp32 and ids int64 [B, k], padded with -inf and -1; else they go to best [B, k] in any
+// order, with kNoKey behind them.
 //
 // Shared memory: kSelectShared, and 8 bytes for each of the power of two from k (or from the keys, if fewer) on.
 __global__ void select_keys(const uint64_t* keys, const unsigned int* found, int64_t capacity, int64_t k, float* scores,
@@ -100,7 +100,7 @@ __global__ void select_keys(const uint64_t* keys, const unsigned int* found, int
   for (int64_t i = taken + threadIdx.x; i < size; i += blockDim.x) chosen[i] = kNoKey;
   sort_keys(chosen, size);
   for (int64_t i = threadIdx.x; i < k; i += blockDim.x) {
-    scores[user * k + i] = i < taken ? key_score(chosen[i]) : -kInfinity;
+    scores[user * k + i] = i < taken ? key_score(chosen[i]) : -infinity();
     ids[user * k + i] = i < taken ? static_cast<int64_t>(key_row(chosen[i])) : -1;
   }
 }

@@ -8,8 +8,9 @@
 
 namespace urm {
 
-// maxima fp32 [B, slots]: of each user the best score among `turns` sampled rows, which lie far apart: every step-th row is
-// sampled, `sample` of them, and slot s has the rows s, s + slots, ... Eight slots a warp, which may stand alone.
+// maxima fp32 [B, slots]: of each user the best score among `turns` sampled rows, which lie far apart: every step-th
+// row is sampled, `sample` of them, and slot s has the rows s, s + slots, ... Eight slots a warp, which may stand
+// alone.
 __global__ void sample_maxima(Table table, Users users, Filter filter, int64_t step, int64_t sample, int64_t slots,
                               int64_t turns, float* maxima) {
   const int half = lane_of_warp() / kLanes, own = lane_of_warp() % kLanes / kTileQueries;
@@ -18,7 +19,7 @@ __global__ void sample_maxima(Table table, Users users, Filter filter, int64_t s
     for (int64_t user = 0; user < users.B; user += kTileQueries) {
       const int64_t last = user + kTileQueries < users.B ? user + kTileQueries : users.B;
       float best[kTileQueries];
-      for (float& each : best) each = -kInfinity;
+      for (float& each : best) each = -infinity();
       for (int64_t turn = 0; turn < turns; ++turn) {
         int64_t rows[kTileRows];
         for (int i = 0; i < kTileRows; ++i) {
@@ -53,16 +54,15 @@ struct Limits {
 // One block a user: the rank-th best maximum, and the limits that follow from it.
 //
 // Shared memory: kSelectShared.
-__global__ void set_limits(int64_t k, int64_t rank, const float* maxima, int64_t slots, Users users, const float* largest,
-                           int64_t r, QueryCodes codes, Limits limits) {
+__global__ void set_limits(int64_t k, int64_t rank, const float* maxima, int64_t slots, Users users,
+                           const float* largest, int64_t r, QueryCodes codes, Limits limits) {
   URM_DYNAMIC_SHARED(shared);
   const int64_t user = blockIdx.x;
-  float threshold = -kInfinity;
+  float threshold = -infinity();
   if (rank > 0 && rank <= slots) {
     const float* own = maxima + user * slots;
-    const uint64_t key = key_at_rank(slots, rank, shared, [=](int64_t i) {
-      return static_cast<uint64_t>(ordered_bits(own[i])) << 32;
-    }, 4);
+    const uint64_t key = key_at_rank(
+        slots, rank, shared, [=](int64_t i) { return static_cast<uint64_t>(ordered_bits(own[i])) << 32; }, 4);
     threshold = key_score(key);
   }
   if (threadIdx.x != 0) return;
@@ -77,9 +77,9 @@ __global__ void set_limits(int64_t k, int64_t rank, const float* maxima, int64_t
   if (!bounded) codes.step[user] = 0.0f;
   const float inverse = bounded ? 1.0f / step : 1.0f, underflow = code_underflow(r);
   const float margin = 0x1p-20f * (fabsf(threshold) + offset);
-  float limit = threshold == kInfinity ? kInfinity : (threshold - offset - underflow - margin) * inverse;
-  if (!bounded) limit = -kInfinity;
-  if (!served) limit = kInfinity;
+  float limit = threshold == infinity() ? infinity() : (threshold - offset - underflow - margin) * inverse;
+  if (!bounded) limit = -infinity();
+  if (!served) limit = infinity();
   limits.threshold[user] = threshold;
   limits.limit[user] = limit;
   limits.inverse[user] = inverse;

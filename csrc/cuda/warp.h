@@ -44,6 +44,14 @@ __device__ inline void raise_to(float* most, float x) {
   atomicMax(reinterpret_cast<unsigned int*>(most), bits);
 }
 
-constexpr float kInfinity = __builtin_huge_valf();
+__device__ inline float float_of_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+__device__ inline float infinity() {
+  return float_of_bits(0x7F800000u);
+}
 
 }  // namespace urm

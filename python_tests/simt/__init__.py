@@ -12,7 +12,17 @@ from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
 _SOURCES = _HERE.parents[1] / "csrc"
-_FLAGS = ["-std=c++17", "-O3", "-fno-plt", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fno-plt",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-shared",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+]
 
 
 def why_not():

@@ -1,5 +1,6 @@
-// CUDA kernels as plain C++, on a machine without a GPU: every thread of a block is a fiber of its own stack, and what a
-// warp does together (shuffles, votes, barriers, products on the tensor cores) waits until all of its lanes are there.
+// CUDA kernels as plain C++, on a machine without a GPU: every thread of a block is a fiber of its own stack, and what
+// a warp does together (shuffles, votes, barriers, products on the tensor cores) waits until all of its lanes are
+// there.
 //
 // It finds wrong indices, layouts and arithmetic, lanes that part before they meet again, and reads of shared memory
 // that nobody has written (which starts as NaN). It does not find races. Blocks run one after the other, whole warps
@@ -155,7 +156,8 @@ auto meet(const char* what, const Word* words, int count, After after) {
   const unsigned turn = fiber.meetings++;
   Meeting& meeting = warp.meetings[turn % 2];
   if (meeting.arrived == 0) meeting.what = what;
-  if (meeting.what != what && std::strcmp(meeting.what, what) != 0) failure = "lanes of a warp meet for different things";
+  if (meeting.what != what && std::strcmp(meeting.what, what) != 0)
+    failure = "lanes of a warp meet for different things";
   std::copy(words, words + count, meeting.brought[lane]);
   meeting.arrived |= 1u << lane;
   ++arrivals;
@@ -225,9 +227,7 @@ void call(const Packed<A...>& packed, std::index_sequence<I...>) {
 template <class... A>
 void launch(void (*kernel)(A...), Index grid, int threads, std::size_t shared_bytes, const void* const* values) {
   Packed<A...> packed{kernel, values};
-  block.entry = [](void* arguments) {
-    call(*static_cast<Packed<A...>*>(arguments), std::index_sequence_for<A...>());
-  };
+  block.entry = [](void* arguments) { call(*static_cast<Packed<A...>*>(arguments), std::index_sequence_for<A...>()); };
   block.arguments = &packed;
   grid_size = grid;
   block_size = {static_cast<unsigned>(threads), 1, 1};
@@ -342,7 +342,15 @@ T __ldg(const T* address) {
   return *address;
 }
 
-inline int __popc(uint32_t x) { return __builtin_popcount(x); }
-inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
-inline uint32_t __float_as_uint(float x) { return urm_simt::from_word<uint32_t>(urm_simt::to_word(x)); }
-inline float __uint_as_float(uint32_t x) { return urm_simt::from_word<float>(x); }
+inline int __popc(uint32_t x) {
+  return __builtin_popcount(x);
+}
+inline int __ffs(uint32_t x) {
+  return __builtin_ffs(static_cast<int>(x));
+}
+inline uint32_t __float_as_uint(float x) {
+  return urm_simt::from_word<uint32_t>(urm_simt::to_word(x));
+}
+inline float __uint_as_float(uint32_t x) {
+  return urm_simt::from_word<float>(x);
+}

@@ -47,9 +47,7 @@ class RuntimeCompiled:
         code = '#include "cuda/kernels.h"\n'
         module = self._cupy.RawModule(code=code, options=options, name_expressions=(name,))
         kernel = module.get_function(name)
-        kernel.max_dynamic_shared_size_bytes = self._cupy.cuda.Device(device).attributes[
-            "MaxSharedMemoryPerBlockOptin"
-        ]
+        kernel.max_dynamic_shared_size_bytes = self._cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
         return kernel
 
     def launch(self, name: str, grid: tuple[int, int], threads: int, shared: int, arguments: list[Words]) -> None:

@@ -80,8 +80,9 @@ def _calls(
         # Of one query it is the dot itself, in the same bits.
         log_sum_exp = options.reduce == "logsumexp" and places > 1
         excluded = None if exclude is None else exclude[part]
-        yield part, _Call(
-            queries[part].contiguous(), exists, own, excluded, places, log_sum_exp, _COMBINE[options.reduce]
+        yield (
+            part,
+            _Call(queries[part].contiguous(), exists, own, excluded, places, log_sum_exp, _COMBINE[options.reduce]),
         )
 
 
@@ -241,9 +242,7 @@ class _Search:
         left = self._room(torch.int32, self.users)
         histograms = self._room(torch.int32, self.users, _PASSES, _PASS_BINS)
         second = (self.unproven.data_ptr(), left.data_ptr(), histograms.data_ptr())
-        self._launch(
-            "begin_second_way", (self.users, 1), 256, 0, self.limit_words, self.found_words, second
-        )
+        self._launch("begin_second_way", (self.users, 1), 256, 0, self.limit_words, self.found_words, second)
         grid = (self.card.blocks(-(-self.rows // 8), 4), self.users)
         rows = (self.table_words, self.user_words, self.filter_words, self.limit_words, self.found_words, second)
         for number in range(_PASSES):
