@@ -1,10 +1,7 @@
-// The kernels of csrc/cuda as a library of the host, launched by name.
-#define URM_SIMT
+// The kernels of csrc/cuda as a library of the host, launched by name; simt.h is included before all else.
 #include "../../csrc/cuda/kernels.h"
 
 #include <mutex>
-
-#include "simt.h"
 
 namespace {
 
