@@ -12,17 +12,8 @@ from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
 _SOURCES = _HERE.parents[1] / "csrc"
-_FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-fno-plt",
-    "-ffp-contract=off",
-    "-fPIC",
-    "-shared",
-    "-Wall",
-    "-Wextra",
-    "-Wno-unknown-pragmas",
-]
+_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+_FLAGS += ["-DURM_SIMT", "-include", str(_HERE / "simt.h")]
 
 
 def why_not():
