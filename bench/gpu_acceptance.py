@@ -1,7 +1,7 @@
 """One command on a machine with a GPU: the tests, latency cells, ceilings and memory checks, into one JSON and a table.
 
-    python3 bench/gpu_acceptance.py [--minutes 20] [--only latency,functions,tests,sanitizer] [--cells PATTERN] [--full]
-                                    [--resume]
+    python3 bench/gpu_acceptance.py [--minutes 20] [--only latency,packed,functions,tests,sanitizer] [--cells PATTERN]
+                                    [--full] [--resume]
 
 Needs python3 with torch, triton, pytest and hypothesis (pytest-xdist is used where it is there), and no network. Every
 step is a process of its own with a time limit, and the JSON is written after each, so that a step that fails, hangs or
@@ -13,6 +13,8 @@ or a result was wrong, or where torch does not see it.
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -29,6 +31,9 @@ _ROOT = Path(__file__).resolve().parent.parent
 _RESULTS = _ROOT / "bench" / "results"
 _TAIL = 4000  # characters of a step's output that are kept
 _WORKERS = 14  # test processes that share the device, at most
+_CELLS = {"latency": "gpu_cells", "packed": "gpu_packed", "functions": "gpu_functions"}  # modules by step
+# Steps in turn, and which part of the time each may count on; what is not used is left to those after it.
+_SHARES = {"latency": 0.3, "packed": 0.2, "functions": 0.1, "tests": 0.25, "sanitizer": 0.15}
 # What compute-sanitizer watches: every kernel once, on small shapes.
 _WATCHED = (
     "test_values.py::test_hard_orders_of_the_catalogue",
@@ -37,6 +42,21 @@ _WATCHED = (
     "test_partition.py::test_what_takes_no_part",
     "test_partition_gradients.py::test_shares_add_up_and_masked_rows_have_none",
 )
+_WATCHED_PACKED = (
+    "test_values.py::test_hard_orders_of_the_catalogue",
+    "test_values.py::test_nan_and_infinity_in_a_query_that_does_not_exist_are_not_looked_at",
+    "test_values.py::test_infinite_bias_orders_rows_and_meets_opposite_infinity_as_nan",
+    "test_shapes.py::test_more_wanted_than_allowed",
+    "test_shapes.py::test_one_survivor_and_none",
+    "test_shapes.py::test_strided_queries_bias_and_masks",
+)
+# Tests, which of their machines, and options. Hazards of shared memory are looked for in our own kernels; what torch's
+# write is watched, too, or initcheck would call it unwritten.
+_TOOLS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
+    "memcheck": (_WATCHED, "triton or cuda", ()),
+    "racecheck": (_WATCHED_PACKED, "cuda", ("--kernel-name", "kns=_ZN3urm")),
+    "initcheck": (_WATCHED_PACKED, "cuda", ()),
+}
 
 
 def step_device() -> dict[str, Any]:
@@ -59,13 +79,8 @@ def step_device() -> dict[str, Any]:
 
 def step_cells(names: list[str]) -> None:
     """Cells of one table; prints a line of JSON for each as soon as it is measured."""
-    import gpu_cells
-    import gpu_functions
-
-    for module, known in (
-        (gpu_cells, gpu_cells.all_cells() + gpu_cells.named_cells()),
-        (gpu_functions, gpu_functions.named_cells()),
-    ):
+    for module in map(importlib.import_module, _CELLS.values()):
+        known = module.named_cells() + (module.all_cells() if hasattr(module, "all_cells") else [])
         by_name = {cell.name: cell for cell in known}
         cells = [by_name[name] for name in names if name in by_name]
         for cell, figures in module.run_table(cells) if cells else ():
@@ -124,23 +139,42 @@ def _tests(limit: float, environment: dict[str, str]) -> dict[str, Any]:
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(_WORKERS, os.cpu_count() or 1))]
     done = _run(command, limit, environment | {"URM_TEST_DEVICE": "cuda"})
+    return _tail(done) | {"counts": _counts(done)}
+
+
+def _counts(done: dict[str, Any]) -> dict[str, int]:
+    """Tests by what became of them."""
     counts = re.findall(r"(\d+) (passed|failed|skipped|errors?|xfailed)", done["output"][-_TAIL:])
-    return _tail(done) | {"counts": {word: int(number) for number, word in counts}}
+    return {word: int(number) for number, word in counts}
 
 
 def _sanitizer(limit: float, environment: dict[str, str]) -> dict[str, Any]:
-    """compute-sanitizer over a few tests; a host without it, or that forbids it, is recorded, not a failure."""
+    """compute-sanitizer's tools over a few tests, each with its part of the time; a host without it, or that forbids
+    it, is recorded, not a failure."""
     if not shutil.which("compute-sanitizer"):
         return {"status": "not available: no compute-sanitizer on the PATH", "seconds": 0.0, "output": ""}
-    tests = [f"python_tests/{name}" for name in _WATCHED]
-    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
-    command += [sys.executable, "-m", "pytest", *tests, "-q", "-k", "triton", "-p", "no:cacheprovider"]
+    end, tools = time.monotonic() + limit, {}
+    for tool in _TOOLS:
+        part = (end - time.monotonic()) / (len(_TOOLS) - len(tools))
+        tools[tool] = _sanitized(tool, max(5.0, part), environment)
+    worst_first = [done["status"] for done in sorted(tools.values(), key=_fine)]
+    status = next((status for status in worst_first if status != "ok"), "ok")
+    return {"status": status, "seconds": round(sum(done["seconds"] for done in tools.values()), 1), "tools": tools}
+
+
+def _sanitized(tool: str, limit: float, environment: dict[str, str]) -> dict[str, Any]:
+    tests, machines, options = _TOOLS[tool]
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *options]
+    command += [sys.executable, "-m", "pytest", *(f"python_tests/{name}" for name in tests)]
+    command += ["-q", "-k", machines, "-p", "no:cacheprovider"]
     plain = {"URM_TEST_DEVICE": "cuda", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = _run(command, limit, environment | plain)
+    passed, errors = _counts(done).get("passed", 0), re.findall(r"SUMMARY: (\d+) (?:error|hazard)", done["output"])
     if "Device not supported" in done["output"]:
         done["status"] = "not available: the host does not allow it"
-    errors = re.findall(r"ERROR SUMMARY: (\d+) error", done["output"])
-    return _tail(done) | {"errors": int(errors[-1]) if errors else None}
+    elif done["status"] == "ok" and not passed:
+        done["status"] = "not available: no test could run"
+    return _tail(done) | {"passed": passed, "errors": sum(map(int, errors)) if errors else None}
 
 
 def _path(device: dict[str, Any]) -> Path:
@@ -163,10 +197,10 @@ def _fine(step: dict[str, Any]) -> bool:
 def _table(report: dict[str, Any]) -> list[str]:
     device = report["device"]
     lines = [f"{device['name']} (sm {device['capability']}, {device['memory_gib']} GiB), torch {device['torch']}"]
-    for step in ("tests", "sanitizer"):
-        if step in report:
-            kept = {key: value for key, value in report[step].items() if key not in ("output", "status", "seconds")}
-            lines.append(f"{step}: {report[step]['status']} in {report[step]['seconds']} s {kept or ''}")
+    done_by = {step: report[step] for step in ("tests", "sanitizer") if step in report}
+    for step, done in (done_by | report.get("sanitizer", {}).get("tools", {})).items():
+        kept = {key: value for key, value in done.items() if key not in ("output", "status", "seconds", "tools")}
+        lines.append(f"{step}: {done['status']} in {done['seconds']} s {kept or ''}".rstrip())
     if report.get("latency"):
         heads = ("ms", "graph", "floor", "of floor", "extra %", "torch", "half fused", "unproven")
         lines.append(f"{'cell':38}" + "".join(f"{head:>11}" for head in heads))
@@ -181,6 +215,7 @@ def _table(report: dict[str, Any]) -> list[str]:
         lines.append(
             f"{done['cell']:38}{''.join(f'{figure:>11.3f}' for figure in columns)}{done['unproven_users']:>11}{more}"
         )
+    lines += _packed_lines(report.get("packed", []))
     if report.get("functions"):
         heads = ("ms", "graph", "floor", "of floor", "extra MiB", "torch")
         lines.append(f"{'cell':54}" + "".join(f"{head:>11}" for head in heads))
@@ -195,10 +230,30 @@ def _table(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _packed_lines(cells: list[dict[str, Any]]) -> list[str]:
+    """plain: the call without codes, replayed as well. survive: of all pairs. scored: pairs, for each result."""
+    heads = ("ms", "graph", "host", "floor", "of floor", "of s8", "extra MiB", "plain", "survive %", "scored/k")
+    lines = [f"{'cell':48}" + "".join(f"{head:>11}" for head in heads)] if cells else []
+    for done in cells:
+        name = f"{done['cell']:48}"
+        if done["status"] != "ok":
+            lines.append(f"{name}  {done['status']}")
+        elif "rows_per_s" in done:
+            rate, bar = done["rows_per_s"] / 1e6, done["bar_rows_per_s"] / 1e6
+            words = f"{rate:.0f} million rows/s, bar {bar:.0f}: {'met' if done['met'] else 'missed'}"
+            lines.append(f"{name}{done['ms']:>11.3f}  {words}")
+        else:
+            told = ("ms", "graph_ms", "host_ms", "floor_ms", "of_floor", "of_s8_rate", "extra_mib")
+            figures = [*(done[key] for key in told), done["peers_ms"]["plain"]]
+            figures += [100 * done["survivors"] / done["pairs"], done["scored"] / (done["B"] * done["k"])]
+            lines.append(name + "".join(f"{figure:>11.3f}" for figure in figures))
+    return lines
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20, help="for everything; each step gets a share")
-    parser.add_argument("--only", default="latency,functions,tests,sanitizer", help="steps to run, comma-separated")
+    parser.add_argument("--only", default=",".join(_SHARES), help="steps to run, comma-separated")
     parser.add_argument("--full", action="store_true", help="the product of all sizes instead of the named cells")
     parser.add_argument("--resume", action="store_true", help="keep what the JSON has of this card")
     parser.add_argument("--cells", default="", help="only cells whose name holds this regular expression")
@@ -217,12 +272,15 @@ def main() -> int:
 
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-    end = time.monotonic() + 60 * arguments.minutes
+    wanted = arguments.only.split(",")
+    began, seconds = time.monotonic(), 60 * arguments.minutes
 
-    def left(most: float) -> float:
-        return max(5.0, min(most, end - time.monotonic()))
+    def left(step: str, most: float) -> float:
+        later = list(_SHARES)[list(_SHARES).index(step) + 1 :]
+        kept = sum(_SHARES[other] for other in later if other in wanted)
+        return max(5.0, min(most, began + seconds * (1 - kept) - time.monotonic()))
 
-    device = _device(left(180), environment)
+    device = _device(min(180.0, seconds), environment)
     if device["status"] != "ok" or device["name"] is None:
         present = any(Path("/dev").glob("nvidia[0-9]*"))
         reason = "torch sees no CUDA device" if device["status"] == "ok" else _last_line(device)
@@ -232,20 +290,18 @@ def main() -> int:
     report: dict[str, Any] = {"device": device}
     if arguments.resume and _path(device).exists():
         report = json.loads(_path(device).read_text()) | report
-    wanted = arguments.only.split(",")
-    # Short figures first: the tests take what is left.
-    for step in ("latency", "functions"):
+    for step in _CELLS:
         if step in wanted:
-            _measure_cells(step, report, arguments.full, arguments.cells, left, environment)
+            _measure_cells(step, report, arguments.full, arguments.cells, functools.partial(left, step), environment)
     if "tests" in wanted:
-        report["tests"] = _tests(left(60 * arguments.minutes), environment)
+        report["tests"] = _tests(left("tests", seconds), environment)
         _write(report)
     if "sanitizer" in wanted:
-        report["sanitizer"] = _sanitizer(left(300), environment)
+        report["sanitizer"] = _sanitizer(left("sanitizer", 300), environment)
         _write(report)
     print("\n".join(_table(report)))
-    steps = [report[step] for step in ("tests", "sanitizer") if step in report] + report.get("latency", [])
-    steps += report.get("functions", [])
+    steps = [report[step] for step in ("tests", "sanitizer") if step in report]
+    steps += [cell for step in _CELLS for cell in report.get(step, [])]
     return 0 if all(map(_fine, steps)) else 1
 
 
@@ -254,13 +310,11 @@ def _measure_cells(
 ) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     import gpu_cells
-    import gpu_functions
     import gpu_peers
 
-    if step == "functions":
-        cells: list[Any] = gpu_functions.named_cells()
-    else:
-        cells = gpu_cells.all_cells() if full else gpu_cells.named_cells()
+    cells: list[Any] = importlib.import_module(_CELLS[step]).named_cells()
+    if step == "latency":
+        cells = gpu_cells.all_cells() if full else cells
         report["missing_peers"] = gpu_peers.installed()[1]
     cells = [cell for cell in cells if re.search(pattern, cell.name)]
     kept = {line["cell"]: line for line in report.get(step, []) if line["status"] == "ok"}

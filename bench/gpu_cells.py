@@ -8,6 +8,7 @@ are measured in the same process.
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import statistics
 import time
@@ -20,7 +21,7 @@ from torch import Tensor
 
 SHAPES = ((1, 1), (1, 8), (1, 128), (8, 16), (64, 1), (1024, 1))
 ALL_ROWS, ALL_R, ALL_K = (1_000_000, 10_000_000, 50_000_000), (64, 128), (10, 1000, 4096)
-_CACHE = 1 << 29  # bytes of tables that calls take in turns: several times a card's second-level cache
+CACHE = 1 << 29  # bytes of tables that calls take in turns: several times a card's second-level cache
 _HELD = 1 << 31  # bytes of scores a peer holds at a time
 _PRODUCT = 8192  # rows and columns of the products that measure the card
 
@@ -166,6 +167,28 @@ def milliseconds(call: Callable[[int], Any], most: float = 400.0) -> float:
     return statistics.median(taken)
 
 
+def replayed_milliseconds(call: Callable[[int], Any], graphs: int = 1) -> float:
+    """The same of CUDA graphs that hold call(0), call(1), ..., replayed in turns."""
+    held = []
+    for turn in range(graphs):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call(turn)
+        held.append(graph)
+    return milliseconds(lambda turn: held[turn % graphs].replay())
+
+
+def with_extra_bytes(call: Callable[[], Any]) -> tuple[Any, int]:
+    """(what the call returns, bytes of the device's memory that it needs beside what is there, its result included)."""
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    return result, torch.cuda.max_memory_allocated() - before
+
+
 def host_milliseconds(call: Callable[[int], Any]) -> float:
     """Median time until call(0), call(1), ... return, their work on the device not awaited."""
     taken = []
@@ -178,8 +201,21 @@ def host_milliseconds(call: Callable[[int], Any]) -> float:
     return statistics.median(taken)
 
 
+def byte_products() -> dict[str, float]:
+    """TOP/s of unsigned with signed bytes by mma.sync, from registers alone, where the extension is there. torch's int8
+    products, by instructions that scans of codes cannot use, are faster on Hopper."""
+    try:
+        measured = importlib.import_module("urm_kernels._cuda").byte_products
+        # The first is slower, since the kernel is loaded with it.
+        rates = [measured(1 << 15, torch.cuda.current_stream().cuda_stream) for _ in range(5)]
+    except (ImportError, AttributeError, RuntimeError):  # RuntimeError: built for other cards
+        return {}
+    return {"s8_mma_top_per_s": statistics.median(rates) / 1e12}
+
+
 def ceilings() -> dict[str, float]:
-    """GB/s of a copy, read and written; TFLOP/s (TOP/s) of torch's bfloat16, int8 and float32 products."""
+    """GB/s of a copy, read and written; TFLOP/s (TOP/s) of torch's bfloat16, int8 and float32 products; those of bytes
+    by mma.sync."""
     source = torch.randint(1 << 30, (1 << 28,), dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
     out = {"copy_gb_per_s": 2 * source.nbytes / milliseconds(lambda _: target.copy_(source)) / 1e6}
@@ -190,7 +226,18 @@ def ceilings() -> dict[str, float]:
         ("int8_top_per_s", (a * 40).clamp(-127, 127).to(torch.int8), lambda x, y: torch._int_mm(x, y.T)),
     ):
         out[name] = 2 * len(operand) ** 3 / milliseconds(lambda _, p=product, x=operand: p(x, x)) / 1e9
-    return {name: round(value, 1) for name, value in out.items()}
+    return {name: round(value, 1) for name, value in (out | byte_products()).items()}
+
+
+def attempted(
+    cell: Any, limits: dict[str, float], measured: Callable[[], dict[str, Any]]
+) -> tuple[Any, dict[str, Any]]:
+    """(cell, figures, or the error in words)."""
+    try:
+        figures = {"status": "ok", **measured()}
+    except (AssertionError, RuntimeError, ValueError) as error:
+        figures = {"status": f"failed: {type(error).__name__}: {str(error)[:300]}"}
+    return cell, {**figures, "ceilings": limits}
 
 
 def _merged(parts: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
@@ -276,25 +323,13 @@ def measure(cell: Cell, copies: list[Table], limits: dict[str, float]) -> dict[s
     def ours(turn: int) -> Any:
         return urm_kernels.score_topk(queries, given[turn % len(given)], cell.k, backend="triton")
 
-    ours(0)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = ours(0)
-    torch.cuda.synchronize()
-    extra = torch.cuda.max_memory_allocated() - before
+    result, extra = with_extra_bytes(lambda: ours(0))
     check(queries, table, cell.k, *result)
     view, card = TableView(table.items, None, table.scale), backend.card(queries.device)
     found = search.search(queries, view, ScanOptions(), cell.k, True, card)
     ms = milliseconds(ours)
     host = host_milliseconds(ours)
-    graphs = []
-    for each in range(len(copies)):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            ours(each)
-        graphs.append(graph)
-    replay = milliseconds(lambda turn: graphs[turn % len(graphs)].replay())
+    replay = replayed_milliseconds(ours, len(copies))
     read = 1e3 * table.nbytes / limits["copy_gb_per_s"] / 1e9
     product = 1e3 * 2 * cell.B * cell.M * table.items.numel() / limits["bf16_tflop_per_s"] / 1e12
     peers = {"torch": by_torch, "half_fused": half_fused}
@@ -328,7 +363,7 @@ def copies_of(table: tuple[int, int, bool]) -> list[Table]:
     made = in_float8(items) if float8 else Table(items)
     del items
     copies = [made]
-    for _ in range(_CACHE // made.nbytes):
+    for _ in range(CACHE // made.nbytes):
         copies.append(Table(*(None if part is None else part.clone() for part in made)))
     return copies
 
@@ -337,8 +372,4 @@ def run_table(cells: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Measures the cells of one table, one after the other; yields (cell, figures or the error in words)."""
     limits, copies = ceilings(), copies_of(cells[0].table)
     for cell in cells:
-        try:
-            figures = {"status": "ok", **measure(cell, copies, limits)}
-        except (AssertionError, RuntimeError, ValueError) as error:
-            figures = {"status": f"failed: {type(error).__name__}: {str(error)[:300]}"}
-        yield cell, {**figures, "ceilings": limits}
+        yield attempted(cell, limits, lambda cell=cell: measure(cell, copies, limits))

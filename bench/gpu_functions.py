@@ -151,21 +151,10 @@ def floor_ms(cell: Cell, limits: dict[str, float]) -> float:
 def measure(cell: Cell, items: Tensor, limits: dict[str, float]) -> dict[str, Any]:
     queries = gpu_cells.queries_of(cell)
     given = work(cell, queries, items)
-    given.ours()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = given.ours()
-    torch.cuda.synchronize()
-    extra = torch.cuda.max_memory_allocated() - before
+    result, extra = gpu_cells.with_extra_bytes(given.ours)
     given.check(result)
     ms = gpu_cells.milliseconds(lambda _: given.ours())
-    replay = None
-    if given.captured:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            given.ours()
-        replay = gpu_cells.milliseconds(lambda _: graph.replay())
+    replay = gpu_cells.replayed_milliseconds(lambda _: given.ours()) if given.captured else None
     floor = floor_ms(cell, limits)
     return {
         "ms": round(ms, 4),
@@ -182,8 +171,4 @@ def run_table(cells: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
     limits = gpu_cells.ceilings()
     items = gpu_cells.decay(cells[0].N, cells[0].r, 0, 0.4, torch.bfloat16, "cuda")
     for cell in cells:
-        try:
-            figures = {"status": "ok", **measure(cell, items, limits)}
-        except (AssertionError, RuntimeError, ValueError) as error:
-            figures = {"status": f"failed: {type(error).__name__}: {str(error)[:300]}"}
-        yield cell, {**figures, "ceilings": limits}
+        yield gpu_cells.attempted(cell, limits, lambda cell=cell: measure(cell, items, limits))

@@ -33,6 +33,8 @@ def latency(record: dict[str, Any], name: str) -> tuple[str, Figures]:
     if scaled := [cell for cell in fine if cell.get("float8")]:
         lines = [[f"{cell['N']:,}", *_line(cell)] for cell in scaled]
         text.append(f"### float8 with a scale a row\n\n{table(['N', *header], lines)}")
+    if packed := [cell for cell in record.get("packed", []) if cell["status"] == "ok"]:
+        text.append(_packed(packed))
     if others := [cell for cell in record.get("functions", []) if cell["status"] == "ok"]:
         text.append(f"### Other functions, bf16\n\n{_functions(others)}")
     panels = []
@@ -57,6 +59,40 @@ def _line(cell: dict[str, Any]) -> list[str]:
         ms(cell["peers_ms"]["half_fused"]),
         f"{cell['peers_ms']['torch'] / cell['graph_ms']:.2f}",
     ]
+
+
+def _packed(cells: list[dict[str, Any]]) -> str:
+    """Cells of packed tables, then what the encoder takes."""
+    scans, encoders = [cell for cell in cells if "graph_ms" in cell], [cell for cell in cells if "rows_per_s" in cell]
+    text = [
+        "### Packed tables, bf16\n",
+        "The floor: one read of the codes at the copy bandwidth, or their products at the measured rate of `mma.sync`\n"
+        "on bytes. *Plain*: the same call without codes, replayed; its bits are what a packed table's are compared\n"
+        "with. *Survive*: pairs of user and row that the first bounds leave, of all; *scored*: pairs scored exactly,\n"
+        "for each result.\n",
+    ]
+    header = ["data", "codes", "N", "(B, M)", "graph, ms", "call", "floor", "of floor", "plain", "plain / graph"]
+    lines = [
+        [
+            cell["kind"],
+            cell["codes"],
+            f"{cell['N']:,}",
+            f"({cell['B']}, {cell['M']})",
+            f"**{ms(cell['graph_ms'])}**",
+            ms(cell["ms"]),
+            ms(cell["floor_ms"]),
+            f"{cell['of_floor']:.2f}",
+            ms(cell["peers_ms"]["plain"]),
+            f"{cell['peers_ms']['plain'] / cell['graph_ms']:.2f}",
+            f"{100 * cell['survivors'] / cell['pairs']:.3f} %",
+            f"{cell['scored'] / (cell['B'] * cell['k']):.1f}",
+        ]
+        for cell in scans
+    ]
+    text.append(table([*header, "survive", "scored"], lines))
+    for cell in encoders:
+        text.append(f"Encoding, {cell['codes']}: {cell['rows_per_s'] / 1e6:,.0f} million rows a second.\n")
+    return "\n".join(text)
 
 
 def _functions(cells: list[dict[str, Any]]) -> str:

@@ -101,9 +101,15 @@ def cheap_isa(request):
     return request.param
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512_vnni"])
+@pytest.fixture(params=["portable", "avx2", "avx512_vnni", "cuda"])
 def code_isa(request):
-    """An instruction set with sums of codes of its own, forced for the test."""
+    """An instruction set with sums of codes of its own, forced for the test, or the stand-in of the CUDA kernels."""
+    if request.param == "cuda":
+        if reason := packed_calls.why_not(torch.device("cpu")):
+            pytest.skip(reason)
+        with packed_calls.stand_in():
+            yield request.param
+        return
     if ("cpu", request.param) not in available_backends():
         pytest.skip(f"cpu/{request.param} cannot run on this machine")
     with forced("cpu", request.param):

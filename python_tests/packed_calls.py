@@ -37,12 +37,16 @@ def stand_in(device=torch.device("cpu")):
 
 @contextlib.contextmanager
 def packed_calls(kinds, device):
-    """Within, the table of every call of score_topk is packed, and scanned however small it is."""
+    """Within, the table of every call of score_topk is packed, and scanned however small it is. Without kinds only
+    tables that are packed already are the CUDA backend's."""
     choose = select.choose
 
     def chosen(function, queries, table, requested, *, counts=False):
-        if function != "score_topk" or not _takes(table) or cuda.why_not(table.items.device, table.dtypes()):
+        takes = _takes(table) and (kinds or table.codes is not None)
+        if function != "score_topk" or not takes or cuda.why_not(table.items.device, table.dtypes()):
             return choose(function, queries, table, requested, counts=counts)
+        if not kinds:
+            return cuda
         return SimpleNamespace(
             score_topk=lambda q, t, options, *rest: cuda.score_topk(q, packed(t, kinds), options, *rest)
         )

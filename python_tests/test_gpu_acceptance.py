@@ -9,14 +9,17 @@ import sys
 import time
 from pathlib import Path
 
+import packed_calls
 import pytest
 import torch
 
-from urm_kernels import score_topk
+from urm_kernels import ItemTable, score_topk
+from urm_kernels.backends import cuda, reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import gpu_cells
 import gpu_functions
+import gpu_packed
 import gpu_peers
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "gpu_acceptance.py"
@@ -26,6 +29,19 @@ FIGURES = {
     "unproven_users": 0, "peers_ms": {"torch": 3.0, "half_fused": 2.5},
     "ceilings": {"copy_gb_per_s": 4000.0, "bf16_tflop_per_s": 800.0},
 }  # fmt: skip
+PACKED = {
+    **FIGURES, "host_ms": 0.2, "of_s8_rate": 0.1, "unproven_users": 0, "survivors": 90_000, "scored": 2000,
+    "pairs": 50_000_000, "bytes_read": 10**9, "peers_ms": {"plain": 6.0, "plain_call": 6.5},
+}  # fmt: skip
+ENCODED = {
+    "status": "ok", "ms": 8.0, "floor_ms": 0.4, "of_floor": 0.05, "rows_per_s": 5e8, "bar_rows_per_s": 2e8, "met": True,
+    "ceilings": FIGURES["ceilings"],
+}  # fmt: skip
+LIMITS = {"copy_gb_per_s": 3000.0, "int8_top_per_s": 1500.0, "s8_mma_top_per_s": 1000.0}
+
+
+def figures_of(cell):
+    return {gpu_packed.Encoding: ENCODED, gpu_packed.Cell: PACKED}.get(type(cell), FIGURES)
 
 
 def tables(cells):
@@ -53,8 +69,8 @@ def report(tmp_path):
 
 
 def measured(cells, limit, environment):
-    """What the latency step would bring back."""
-    return [{"cell": cell.name, **cell._asdict(), **FIGURES, "extra_mib": 1.0} for cell in cells]
+    """What a step of cells would bring back."""
+    return [{"cell": cell.name, **cell._asdict(), **figures_of(cell), "extra_mib": 1.0} for cell in cells]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -77,17 +93,21 @@ def test_a_torch_that_sees_no_card_is_a_failure_only_beside_one(acceptance, monk
 @pytest.fixture
 def sham(acceptance, monkeypatch):
     """A card on which every step goes well; what was asked for."""
-    asked = {"limits": []}
+    asked = {"limits": [], "tests": [], "sanitizer": []}
 
     def latency(cells, limit, environment):
         asked["limits"].append(limit)
         return measured(cells, limit, environment)
 
+    def step(name, done):
+        return lambda limit, environment: asked[name].append(limit) or dict(done)
+
     monkeypatch.setattr(acceptance, "_device", lambda *arguments: dict(CARD))
     monkeypatch.setattr(acceptance, "_measured", latency)
     good = {"status": "ok", "seconds": 60.0, "output": "", "counts": {"passed": 700}}
-    monkeypatch.setattr(acceptance, "_tests", lambda *arguments: dict(good))
-    monkeypatch.setattr(acceptance, "_sanitizer", lambda *arguments: {**good, "errors": 0})
+    tools = {tool: {**good, "passed": 9, "errors": 0} for tool in ("memcheck", "racecheck", "initcheck")}
+    monkeypatch.setattr(acceptance, "_tests", step("tests", good))
+    monkeypatch.setattr(acceptance, "_sanitizer", step("sanitizer", {"status": "ok", "seconds": 180.0, "tools": tools}))
     return asked
 
 
@@ -98,12 +118,32 @@ def test_everything_is_run_written_and_shown(acceptance, sham, tmp_path, capsys)
     assert [line["cell"] for line in written["latency"]] == names and 36 <= len(names) <= 48
     functions = [cell.name for cell in gpu_functions.named_cells()]
     assert [line["cell"] for line in written["functions"]] == functions
-    assert len(sham["limits"]) == len(tables(gpu_cells.named_cells())) + 3
+    packed = [cell.name for cell in gpu_packed.named_cells()]
+    assert [line["cell"] for line in written["packed"]] == packed
+    assert len(sham["limits"]) == len(tables(gpu_cells.named_cells() + gpu_packed.named_cells())) + 3
     assert set(written["missing_peers"]) == {"faiss", "cuvs", "flashlib", "litetopk"}
     assert all(5 <= limit <= 20 * 60 for limit in sham["limits"])
-    assert written["tests"]["counts"] == {"passed": 700} and written["sanitizer"]["errors"] == 0
+    assert written["tests"]["counts"] == {"passed": 700}
+    assert written["sanitizer"]["tools"]["racecheck"]["errors"] == 0
     out = capsys.readouterr().out
-    assert out.startswith("Sham 100") and all(name in out for name in names + functions)
+    assert out.startswith("Sham 100") and all(name in out for name in names + packed + functions)
+    assert "racecheck: ok in 60.0 s {'counts': {'passed': 700}, 'passed': 9, 'errors': 0}\n" in out
+    assert re.search(r"decay int4 N=5e7 r=128 B=1 M=8 k=1000 +2.000 .* 6.000 +0.180 +2.000\n", out)
+    assert re.search(r"encode int8 N=4e6 r=128 +8.000  500 million rows/s, bar 200: met\n", out)
+
+
+def test_every_step_leaves_later_ones_their_share(acceptance, sham, monkeypatch):
+    for only, most in (("latency,packed,functions,tests,sanitizer", (18, 30, 36, 51, 60)), ("packed", (60,) * 5)):
+        for limits in sham.values():
+            limits.clear()
+        monkeypatch.setattr(sys, "argv", ["gpu_acceptance.py", "--minutes", "1", "--only", only])
+        assert acceptance.main() == 0
+        cells = {"latency": gpu_cells, "packed": gpu_packed, "functions": gpu_functions}
+        counts = [len(tables(module.named_cells())) * (step in only) for step, module in cells.items()]
+        asked = iter(sham["limits"])
+        found = [[next(asked) for _ in range(count)] for count in counts] + [sham["tests"], sham["sanitizer"]]
+        for limits, share in zip(found, most, strict=True):
+            assert all(min(share - 5, 50) <= limit <= share for limit in limits)  # 50: of a table of two cells
 
 
 def test_steps_that_fail_cost_their_own_figures_only(acceptance, sham, monkeypatch, tmp_path, capsys):
@@ -119,6 +159,61 @@ def test_steps_that_fail_cost_their_own_figures_only(acceptance, sham, monkeypat
     lines = report(tmp_path)["latency"]
     assert all((line["status"] == "ok") == (line["k"] != 4096) for line in lines)
     assert "failed: AssertionError: wrong" in capsys.readouterr().out
+
+
+def test_a_packed_cell_that_is_wrong_or_unproven_is_a_failure(acceptance, sham, monkeypatch, tmp_path, capsys):
+    words = "failed: 2 users were not proven by the guess"
+
+    def packed(cells, limit, environment):
+        lines = measured(cells, limit, environment)
+        return [{**line, "status": words} if line.get("M") == 128 else line for line in lines]
+
+    monkeypatch.setattr(acceptance, "_measured", packed)
+    monkeypatch.setattr(sys, "argv", ["gpu_acceptance.py", "--only", "packed"])
+    assert acceptance.main() == 1
+    failing = [line for line in report(tmp_path)["packed"] if line["status"] != "ok"]
+    assert {line["M"] for line in failing} == {128} and "latency" not in report(tmp_path)
+    out = capsys.readouterr().out
+    assert out.count(words) == len(failing) == 3
+
+
+def test_each_tool_of_the_sanitizer_is_told_what_to_watch_and_counted(acceptance, monkeypatch):
+    asked, said = {}, {
+        "memcheck": "40 passed in 9.00s\n========= ERROR SUMMARY: 0 errors\n",
+        "racecheck": "19 passed in 9.00s\n========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)\n",
+        "initcheck": "19 skipped in 9.00s\n========= ERROR SUMMARY: 0 errors\n",
+    }  # fmt: skip
+
+    def run(command, limit, environment):
+        tool = command[2]
+        asked[tool] = (command, limit, environment)
+        status = "failed (9)" if tool == "racecheck" else "ok"
+        return {"status": status, "seconds": 9.0, "output": said[tool]}
+
+    monkeypatch.setattr(acceptance, "_run", run)
+    monkeypatch.setattr(acceptance.shutil, "which", lambda name: name)
+    done = acceptance._sanitizer(90.0, {})
+    assert (done["status"], done["seconds"]) == ("failed (9)", 27.0) and not acceptance._fine(done)
+    tools = {tool: (one["status"], one["passed"], one["errors"]) for tool, one in done["tools"].items()}
+    assert tools == {
+        "memcheck": ("ok", 40, 0), "racecheck": ("failed (9)", 19, 2),
+        "initcheck": ("not available: no test could run", 0, 0),
+    }  # fmt: skip
+    assert asked["memcheck"][1] == pytest.approx(30, abs=1) and asked["initcheck"][1] == pytest.approx(90, abs=1)
+    for tool, (command, _, environment) in asked.items():
+        assert command[:3] == ["compute-sanitizer", "--tool", tool] and environment["URM_TEST_DEVICE"] == "cuda"
+        assert command[command.index("-k") + 1] == ("triton or cuda" if tool == "memcheck" else "cuda")
+    said["racecheck"] = "Device not supported"
+    done = acceptance._sanitizer(90.0, {})
+    assert done["tools"]["racecheck"]["status"].startswith("not available") and acceptance._fine(done)
+
+
+def test_what_the_sanitizer_watches_is_there(acceptance):
+    chosen = [f"python_tests/{name}" for name in acceptance._WATCHED_PACKED]
+    command = [sys.executable, "-m", "pytest", *chosen, "-q", "-k", "cuda", "--collect-only", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1], timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(f"{name}[" in done.stdout for name in chosen)
 
 
 def test_a_host_without_the_sanitizer_is_no_failure(acceptance, sham, monkeypatch, tmp_path):
@@ -263,6 +358,162 @@ def test_functions_are_checked_before_they_are_timed(cell):
     assert gpu_functions.floor_ms(cell, {"copy_gb_per_s": 3000.0, "fp32_tflop_per_s": 50.0}) > 0
 
 
+def packed_table(kind, codes, rows=9000, r=16):
+    """(cell, table) on the CPU, with rows enough for a scan."""
+    cell = gpu_packed.Cell(kind, codes, rows, r, 2, 3, 10)
+    return cell, ItemTable(gpu_packed.items_of(kind, rows, r, "cpu")).pack(gpu_packed.kinds_of(codes))
+
+
+@pytest.fixture
+def stand_in():
+    if reason := packed_calls.why_not(torch.device("cpu")):
+        pytest.skip(reason)
+    with packed_calls.stand_in():
+        yield
+
+
+@pytest.fixture
+def without_clocks(monkeypatch):
+    """Calls are made, and take 2 ms, or 1 replayed."""
+
+    def taking(time):
+        return lambda call, graphs=1: [call(turn) for turn in range(graphs)] and time
+
+    monkeypatch.setattr(gpu_cells, "with_extra_bytes", lambda call: (call(), 1 << 20))
+    monkeypatch.setattr(gpu_cells, "milliseconds", taking(2.0))
+    monkeypatch.setattr(gpu_cells, "host_milliseconds", taking(0.5))
+    monkeypatch.setattr(gpu_cells, "replayed_milliseconds", taking(1.0))
+
+
+@pytest.mark.parametrize(("kind", "codes"), [("decay", "int4"), ("clustered", "int4+int8"), ("iid", "int8")])
+def test_packed_cells_are_compared_with_the_plain_call(stand_in, without_clocks, monkeypatch, kind, codes):
+    cell, table = packed_table(kind, codes)
+    figures = gpu_packed.measure(cell, [table, table], LIMITS, plain="reference")
+    assert set(PACKED) - {"status", "ceilings"} <= set(figures) and "status" not in figures
+    assert (figures["ms"], figures["graph_ms"], figures["extra_mib"]) == (2.0, 1.0, 1.0)
+    assert figures["unproven_users"] == 0 and 20 <= figures["survivors"] < figures["pairs"] // 10 == 1800
+
+
+def test_a_packed_cell_that_is_wrong_is_not_timed_and_one_that_is_unproven_fails(stand_in, without_clocks, monkeypatch):
+    cell, table = packed_table("decay", "int4")
+    monkeypatch.setattr(gpu_packed, "proof", lambda *arguments: {"unproven_users": 2})
+    unproven = gpu_packed.measure(cell, [table], LIMITS, plain="reference")
+    assert unproven["status"] == "failed: 2 users were not proven by the guess" and unproven["ms"] == 2.0
+
+    def wrong(call):
+        result = call()
+        return result._replace(ids=result.ids + 1), 0
+
+    monkeypatch.setattr(gpu_cells, "with_extra_bytes", wrong)
+    monkeypatch.setattr(gpu_cells, "milliseconds", None)
+    with pytest.raises(AssertionError, match="not the plain call's: 20 ids, 0 scores"):
+        gpu_packed.measure(cell, [table], LIMITS, plain="reference")
+
+
+def test_one_wrong_bit_of_a_packed_result_is_found():
+    items = gpu_packed.items_of("iid", 500, 8, "cpu")
+    plain = score_topk(torch.zeros(2, 1, 8), items, 5)
+    gpu_packed.check_bits(plain, plain)
+    for wrong, words in (
+        (plain._replace(scores=-plain.scores), "0 ids, 10 scores"),  # -0.0 is not the plain call's 0.0
+        (plain._replace(ids=plain.ids.flip(1)), "8 ids, 0 scores"),
+    ):
+        with pytest.raises(AssertionError, match=words):
+            gpu_packed.check_bits(wrong, plain)
+
+
+def test_packed_tables_smaller_than_the_cache_are_read_in_turns(monkeypatch):
+    items = gpu_packed.items_of("decay", 640, 8, "cpu")
+    held = ItemTable(items).pack().codes().blocks.nbytes
+    monkeypatch.setattr(gpu_cells, "CACHE", 3 * held)
+    copies = gpu_packed.packed_copies(items, "int4")
+    assert len({table.codes().blocks.data_ptr() for table in copies}) == 4
+    assert all(torch.equal(table.codes().blocks, copies[0].codes().blocks) for table in copies)
+
+
+def test_encoders_are_compared_with_the_cpus_bits_before_they_are_timed(stand_in, without_clocks):
+    items = gpu_packed.items_of("decay", 1000, 16, "cpu")
+    for codes in ("int4", "int8", "int4+int8"):
+        gpu_packed.check_encoder(items, codes, cuda)
+    figures = gpu_packed.measure_encoding(gpu_packed.Encoding("int4", 1000, 16), items, LIMITS)
+    assert (figures["rows_per_s"], figures["met"]) == (500_000, False)
+    assert set(ENCODED) - {"status", "ceilings"} == set(figures)
+
+    class Wrong:
+        def encode_blocks(self, items, row_scale, codes):
+            reference.encode_blocks(items, row_scale, codes)
+            codes.blocks[-1, -1] ^= 1
+
+    with pytest.raises(AssertionError, match="1 bytes of blocks are not the CPU's"):
+        gpu_packed.check_encoder(items, "int8", Wrong())
+
+
+def test_packed_data_is_of_the_kinds_that_testing_has(monkeypatch):
+    whole = {kind: gpu_packed.items_of(kind, 3000, 8, "cpu").float() for kind in ("iid", "clustered", "decay")}
+    assert whole["iid"].std() == pytest.approx(1, abs=0.02) and whole["decay"][:, 7].std() < 0.5
+    # Few centres, half a spread around each: most of a clustered row's square is its centre's.
+    centres = gpu_packed.centres_of(3000, 8, "cpu")
+    assert centres.shape == (6, 8)
+    near = torch.nn.functional.cosine_similarity(whole["clustered"][:, None], centres[None], dim=2).amax(1)
+    assert near.mean() > 0.8
+    for kind in whole:
+        queries = gpu_packed.queries_of(gpu_packed.Cell(kind, "int4", 3000, 8, 2, 3, 10), "cpu")
+        assert queries.shape == (2, 3, 8) and queries.dtype == torch.float32
+    monkeypatch.setattr(gpu_packed, "_PART", 700)
+    assert gpu_packed.items_of("clustered", 3000, 8, "cpu").shape == (3000, 8)
+
+
+def test_floors_of_packed_cells_are_reads_of_codes_or_products_of_bytes():
+    cell = gpu_packed.Cell("decay", "int4", 50_000_000, 128, 1, 128, 1000)
+    read, products = gpu_packed.floors_ms(cell, 3_600_000_000, LIMITS)
+    assert (read, products) == (pytest.approx(1.2), pytest.approx(1.6384))
+    without = {name: limit for name, limit in LIMITS.items() if name != "s8_mma_top_per_s"}
+    assert gpu_packed.floors_ms(cell, 3_600_000_000, without)[1] == pytest.approx(1.6384 / 1.5)
+
+
+def test_a_packed_table_is_measured_code_by_code_and_an_error_costs_its_own_cell(monkeypatch):
+    made = []
+    monkeypatch.setattr(gpu_cells, "ceilings", lambda: LIMITS)
+    monkeypatch.setattr(gpu_packed, "items_of", lambda kind, rows, r: torch.zeros(rows, r))
+    monkeypatch.setattr(gpu_packed, "packed_copies", lambda items, codes: made.append(codes) or [codes])
+
+    def measure(cell, tables, limits):
+        if cell.M == 8:
+            raise ValueError("wrong")
+        return {"tables": tables}
+
+    monkeypatch.setattr(gpu_packed, "measure", measure)
+    cells = [cell._replace(N=10) for cell in gpu_packed.named_cells() if cell.table[0] == "clustered"]
+    found = list(gpu_packed.run_table(cells))
+    assert [cell for cell, _ in found] == cells and made == ["int4", "int8"]
+    assert all(figures["ceilings"] == LIMITS for _, figures in found)
+    for cell, figures in found:
+        assert figures["status"] == ("failed: ValueError: wrong" if cell.M == 8 else "ok")
+
+
+def test_the_rate_of_byte_products_is_the_extensions_where_it_has_one(monkeypatch):
+    class Extension:
+        def byte_products(self, steps, stream):
+            assert steps > 1000 and stream == 7
+            return 9e14
+
+    class OfAnotherCard:
+        def byte_products(self, steps, stream):
+            raise RuntimeError("no kernel image is available for execution on the device")
+
+    class Stream:
+        cuda_stream = 7
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    modules = [
+        (Extension(), {"s8_mma_top_per_s": 900.0}),
+        *((other, {}) for other in (OfAnotherCard(), object(), None)),
+    ]
+    for module, found in modules:
+        monkeypatch.setitem(sys.modules, "urm_kernels._cuda", module)
+        assert gpu_cells.byte_products() == found
+
+
 class Sham:
     """As much of the three libraries as is called, by torch; `find` is replaced by each."""
 
@@ -350,8 +601,13 @@ def test_what_was_measured_is_rendered():
     cells = [{"cell": cell.name, **cell._asdict(), **FIGURES} for cell in gpu_cells.named_cells()]
     functions = [{"cell": cell.name, **cell._asdict(), **FIGURES} for cell in gpu_functions.named_cells()]
     functions[-1] = {**functions[-1], "graph_ms": None}
+    packed = [{"cell": cell.name, **cell._asdict(), **figures_of(cell)} for cell in gpu_packed.named_cells()]
     device = {"cuda": "13.0", "triton": "3.6.0", **CARD}
-    text, figures = render_gpu.latency({"device": device, "latency": cells, "functions": functions}, "some.json")
+    record = {"device": device, "latency": cells, "packed": packed, "functions": functions}
+    text, figures = render_gpu.latency(record, "some.json")
+    row = "| decay | int4 | 50,000,000 | (1, 8) | **1.50** | 2.00 | 1.00 | 0.70 | 6.00 | 4.00 | 0.180 % | 2.0 |"
+    assert row in text.splitlines()
+    assert "Encoding, int8: 500 million rows a second." in text
     assert text.count("### N = ") == 3 and "### float8 with a scale a row" in text
     assert "| score_candidates | 50,000,000 | (64, 8) | 1,000, shared | **1.50** |" in text
     assert "| gradient | 1,000,000 | (8, 16) | - | **-** | 2.00 |" in text
@@ -360,6 +616,8 @@ def test_what_was_measured_is_rendered():
 
 
 def test_cells_have_names_of_their_own_and_the_product_holds_every_size():
-    for cells in (gpu_cells.named_cells(), gpu_cells.all_cells()):
+    # A step's process looks for its names in all modules.
+    others = gpu_packed.named_cells() + gpu_functions.named_cells()
+    for cells in (gpu_cells.named_cells() + others, gpu_cells.all_cells() + others):
         assert len({cell.name for cell in cells}) == len(cells)
     assert len(gpu_cells.all_cells()) == 108

@@ -1,5 +1,6 @@
 """Packed tables: the same bits as plain ones, whatever the data, the codes, the machine and the way of asking."""
 
+import packed_calls
 import pytest
 import torch
 from support import CODES, HALVES, INF, NAN, REDUCTIONS, assert_same_bits, bits, by_reference, packed
@@ -17,6 +18,7 @@ MACHINES = [
     ("avx512_vnni", "bounded", "7"),
     ("avx512_vnni", "auto", "2"),
     ("amx", "bounded", "2"),
+    ("cuda", "fibers", "1"),
 ]
 
 
@@ -26,8 +28,15 @@ def generator(seed):
 
 @pytest.fixture(params=MACHINES, ids="/".join)
 def machine(request, monkeypatch):
-    """An instruction set, a way to scan ("bounded": codes from the first row on, whatever they rule out), threads."""
+    """An instruction set, a way to scan ("bounded": codes from the first row on, whatever they rule out), threads; or the
+    CUDA kernels as they run without a GPU."""
     isa, scan, threads = request.param
+    if isa == "cuda":
+        if reason := packed_calls.why_not(torch.device("cpu")):
+            pytest.skip(reason)
+        with packed_calls.packed_calls(None, torch.device("cpu")):
+            yield request.param
+        return
     if ("cpu", isa) not in available_backends():
         pytest.skip(f"cpu/{isa} cannot run on this machine")
     monkeypatch.setenv("URM_NUM_THREADS", threads)
@@ -71,7 +80,7 @@ def test_reductions_bias_and_queries_that_do_not_exist(machine, kinds, reduce):
 @pytest.mark.parametrize("rows", [0, 1, 31, 32, 33, 63, 255, 256, 257, 4095, 4096, 4129, 12289])
 @pytest.mark.parametrize("kinds", CODES, ids="+".join)
 def test_sizes_around_blocks_stretches_and_chunks(machine, kinds, rows):
-    if machine[0] == "portable" and rows > 4129:
+    if machine[0] in ("portable", "cuda") and rows > 4129:
         pytest.skip("slow there, and the same code")
     items = make_items("iid", rows, 20, 0) if rows else torch.empty(0, 20)
     queries = torch.randn(2, 3, 20, generator=generator(1))

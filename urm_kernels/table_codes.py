@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .backends import codes as formats
-from .backends import cpu, reference
+from .backends import cpu, cuda, reference
 from .backends.codes import BLOCK, Codes
 from .freshness import MadeFrom
 from .updates import UpdateLog
@@ -190,7 +190,10 @@ def checked_kinds(codes: Any) -> tuple[Kind, ...]:
 
 def encoder(items: Tensor) -> Any:
     """The backend that makes codes of these rows."""
-    return cpu if cpu.why_not(items.device, (items.dtype,)) is None else reference
+    for backend in (cpu, cuda):
+        if backend.why_not(items.device, (items.dtype,)) is None:
+            return backend
+    return reference
 
 
 def encode(

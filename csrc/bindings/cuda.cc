@@ -24,6 +24,13 @@ PYBIND11_MODULE(_cuda, m) {
       },
       "Bytes a second of one read of `count` floats at a device address.");
   m.def(
+      "byte_products",
+      [](int64_t steps, uintptr_t stream) {
+        const py::gil_scoped_release released;
+        return urm::cuda_byte_products(steps, stream);
+      },
+      "Operations a second of products of bytes on the tensor cores, `steps` times eight a warp.");
+  m.def(
       "launch",
       [](const std::string& name, int64_t blocks, int64_t rows, int64_t threads, int64_t shared_bytes, uintptr_t stream,
          const std::vector<std::vector<int64_t>>& arguments) {

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "device.h"
+#include "mma.h"
 
 namespace urm {
 namespace {
@@ -28,6 +29,33 @@ __global__ void read_all(const float4* data, int64_t count, float* never) {
   if (total == 3.0e38f) *never = total;
 }
 
+constexpr int kProductThreads = 256;
+constexpr int kProductBlocksPerProcessor = 2;  // four warps for each of its four tensor cores
+constexpr int kAccumulators = 8;               // of a warp, whose products do not wait for each other
+constexpr int64_t kOperations = 2 * 16 * 8 * 32;
+
+__device__ int32_t never_stored;
+
+// Bytes of b are even, and so is every sum: it would be stored if it were odd, so that the products stay.
+__global__ void __launch_bounds__(kProductThreads, kProductBlocksPerProcessor) multiply_bytes(int64_t steps) {
+  uint32_t a[4], b[kAccumulators][2];
+  int32_t d[kAccumulators][4] = {};
+  uint32_t bits = blockIdx.x * kProductThreads + threadIdx.x;
+  // Like those of codes, not zeros, for which a card would draw less power.
+  const auto drawn = [&bits] { return bits = bits * 1664525u + 1013904223u; };
+  for (uint32_t& word : a) word = drawn();
+  for (auto& column : b)
+    for (uint32_t& word : column) word = drawn() & 0xFEFEFEFEu;
+#pragma unroll 4
+  for (int64_t step = 0; step < steps; ++step)
+#pragma unroll
+    for (int i = 0; i < kAccumulators; ++i) multiply_unsigned_signed(d[i], a, b[i][0], b[i][1]);
+  uint32_t total = 0;
+  for (const auto& products : d)
+    for (const int32_t product : products) total += static_cast<uint32_t>(product);
+  if (total % 2 != 0) never_stored = static_cast<int32_t>(total);
+}
+
 struct DestroyEvent {
   void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
 };
@@ -37,6 +65,27 @@ Event make_event() {
   cudaEvent_t event;
   check(cudaEventCreate(&event));
   return Event(event);
+}
+
+int processors_of_device() {
+  int device, processors;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  return processors;
+}
+
+// Seconds that what `launch` queues takes.
+template <class Launch>
+double seconds(cudaStream_t stream, const Launch& launch) {
+  const Event begin = make_event(), end = make_event();
+  check(cudaEventRecord(begin.get(), stream));
+  launch();
+  check(cudaGetLastError());
+  check(cudaEventRecord(end.get(), stream));
+  check(cudaEventSynchronize(end.get()));
+  float milliseconds;
+  check(cudaEventElapsedTime(&milliseconds, begin.get(), end.get()));
+  return milliseconds * 1e-3;
 }
 
 }  // namespace
@@ -56,19 +105,20 @@ CudaReport cuda_report() {
 
 double cuda_read_bandwidth(uintptr_t data, int64_t count, uintptr_t stream_address) {
   const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
-  int device, processors;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  const Event begin = make_event(), end = make_event();
-  check(cudaEventRecord(begin.get(), stream));
-  read_all<<<processors * kBlocksPerProcessor, kThreads, 0, stream>>>(reinterpret_cast<const float4*>(data), count / 4,
-                                                                      reinterpret_cast<float*>(data));
-  check(cudaGetLastError());
-  check(cudaEventRecord(end.get(), stream));
-  check(cudaEventSynchronize(end.get()));
-  float milliseconds;
-  check(cudaEventElapsedTime(&milliseconds, begin.get(), end.get()));
-  return static_cast<double>(count / 4 * 4) * sizeof(float) / (milliseconds * 1e-3);
+  const int blocks = processors_of_device() * kBlocksPerProcessor;
+  const double taken = seconds(stream, [&] {
+    read_all<<<blocks, kThreads, 0, stream>>>(reinterpret_cast<const float4*>(data), count / 4,
+                                              reinterpret_cast<float*>(data));
+  });
+  return static_cast<double>(count / 4 * 4) * sizeof(float) / taken;
+}
+
+double cuda_byte_products(int64_t steps, uintptr_t stream_address) {
+  const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
+  const int blocks = processors_of_device() * kProductBlocksPerProcessor;
+  const double taken = seconds(stream, [&] { multiply_bytes<<<blocks, kProductThreads, 0, stream>>>(steps); });
+  const int64_t warps = static_cast<int64_t>(blocks) * (kProductThreads / kWarp);
+  return static_cast<double>(warps * steps) * (kAccumulators * kOperations) / taken;
 }
 
 }  // namespace urm

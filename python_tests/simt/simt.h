@@ -61,7 +61,7 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<unsigned char> shared;
   unsigned at_barrier = 0, barriers = 0;
-  int current = 0;
+  int threads = 0, current = 0;
   void* scheduler = nullptr;
   void (*entry)(void*) = nullptr;
   void* arguments = nullptr;
@@ -104,8 +104,14 @@ inline unsigned char* dynamic_shared() {
   return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(block.shared.data()) + 15) & ~uintptr_t{15});
 }
 
+// To the next thread that is not done, or back to the scheduler behind the last one.
 inline void leave() {
-  urm_simt_switch(&block.fibers[block.current].stack_pointer, block.scheduler);
+  void** own = &block.fibers[block.current].stack_pointer;
+  int next = block.current + 1;
+  while (next < block.threads && block.fibers[next].done) ++next;
+  if (next == block.threads || failure) return urm_simt_switch(own, block.scheduler);
+  block.current = next;
+  urm_simt_switch(own, block.fibers[next].stack_pointer);
 }
 
 inline void run_fiber() {
@@ -133,17 +139,15 @@ inline void run_block(int threads, std::size_t shared_bytes) {
   block.warps.assign(threads / kWarp, Warp{});
   block.shared.assign(shared_bytes + 16, 0xFF);
   block.at_barrier = block.barriers = 0;
+  block.threads = threads;
   for (int t = 0; t < threads; ++t) prepare(block.fibers[t]);
-  for (bool working = true; working;) {
-    working = false;
+  for (;;) {
     const uint64_t before = arrivals;
-    for (block.current = 0; block.current < threads; ++block.current) {
-      if (block.fibers[block.current].done) continue;
-      working = true;
-      urm_simt_switch(&block.scheduler, block.fibers[block.current].stack_pointer);
-      if (failure) return;
-    }
-    if (working && arrivals == before) failure = "threads wait for each other at different places";
+    for (block.current = 0; block.current < threads && block.fibers[block.current].done;) ++block.current;
+    if (block.current == threads) return;
+    urm_simt_switch(&block.scheduler, block.fibers[block.current].stack_pointer);
+    if (!failure && arrivals == before) failure = "threads wait for each other at different places";
+    if (failure) return;
   }
 }
 

@@ -14,8 +14,9 @@ SORTED = 4096  # results that the selection sorts itself
 THREADS = 128
 WARPS = THREADS // 32
 SCAN_BLOCKS = 2  # of a multiprocessor, as kScanBlocks of csrc/cuda/scan_codes.h
-FEWEST_SAMPLED, MOST_SAMPLED = 1 << 14, 1 << 18  # rows
-SAMPLED_DOTS = 1 << 23  # about a twentieth of a millisecond of an H100
+FEWEST_SAMPLED, MOST_SAMPLED = 1 << 14, 1 << 17  # rows
+SAMPLED_DOTS = 1 << 22
+MOST_TURNS = 4  # sampled rows that one lane scores one after the other
 SHARED_COLUMNS = 1 << 16  # bytes of a column group's codes in shared memory
 
 
@@ -59,7 +60,7 @@ def make_plan(users: int, places: int, rows: int, k: int) -> Plan:
     sample = -(-rows // step)
     share = k * sample / rows
     rank = min(math.ceil(share + 4 * math.sqrt(share) + 4), sample)
-    turns = max(1, min(64, sample // (16 * rank)))
+    turns = max(1, min(MOST_TURNS, sample // (16 * rank)))
     slots = -(-sample // turns)
     capacity = min(rows, 2 * math.ceil(rank * rows / sample) + 4096)
     return Plan(group, False, step, sample, slots, turns, rank, capacity)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import codes as formats
 from ..codes import Codes
-from ..table_view import ScanOptions, TableView, without_removed
+from ..table_view import ScanOptions, TableView
 from .encoding import rotation_words
 from .launching import Launcher, Words, address, table_words
 from .plan import SCAN_BLOCKS, SORTED, THREADS, WARPS, Card, Plan, columns_of_user, make_plan, plan_scan
@@ -68,7 +68,7 @@ def search(
 def _calls(
     queries: Tensor, table: TableView, options: ScanOptions, places: int, group: int
 ) -> Iterator[tuple[slice, _Call]]:
-    mask, exclude = without_removed(options.mask, None, table.items.shape[0]), options.exclude
+    mask, exclude = options.mask, options.exclude
     if mask is not None and mask.dtype == torch.uint8 and mask.stride(-1) != 1:
         mask = mask.contiguous()
     if exclude is not None:
