@@ -107,20 +107,22 @@ def resources(launch: Launch) -> Resources:
     found = {name: len(re.findall(rf"\b{re.escape(name)}", code)) for name in _TELLING}
     spills = found["STL"] + found["LDL"]
     told = {name: n for name, n in found.items() if n}
-    return Resources(registers, stack, launch.compiled.metadata.shared, spills, told, _loops(code))
+    return Resources(registers, stack, launch.compiled.metadata.shared, spills, told, loops_of(code))
 
 
-def _loops(code: str) -> list[int]:
-    """Instructions from a label to each branch back to it; loops that only copy or wait are left out."""
+def loops_of(code: str, holding: str = "") -> list[int]:
+    """Instructions from a label to each branch back to it, of loops that have an instruction `holding`; loops that only
+    copy or wait are left out."""
     labels: dict[str, int] = {}
-    found, count = [], 0
+    found, count, held = [], 0, []
     for line in code.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = count
         elif re.match(r"\s+/\*[0-9a-f]{4,}\*/\s", line):
+            held.append(holding in line)
             count += 1
             back = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
-            if back and back[1] in labels and count - labels[back[1]] >= _LOOP:
+            if back and back[1] in labels and count - labels[back[1]] >= _LOOP and any(held[labels[back[1]] :]):
                 found.append(count - labels[back[1]])
     return found
 

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocksPerProcessor) m
 #pragma unroll 4
   for (int64_t step = 0; step < steps; ++step)
 #pragma unroll
-    for (int i = 0; i < kAccumulators; ++i) multiply_unsigned_signed(d[i], a, b[i][0], b[i][1]);
+    for (int i = 0; i < kAccumulators; ++i) multiply_bytes<false>(d[i], a, b[i][0], b[i][1]);
   uint32_t total = 0;
   for (const auto& products : d)
     for (const int32_t product : products) total += static_cast<uint32_t>(product);

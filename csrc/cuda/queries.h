@@ -118,8 +118,13 @@ __device__ inline int64_t fragment_place(int64_t column, int64_t quad, int64_t s
   return ((column / 8 * step_pairs + step / 2) * kWarp + lane) * 4 + step % 2 * 2 + quad % 8 / 4;
 }
 
-// One warp a column of a user. `signed_rows`: codes of single rows come without an offset.
-__global__ void encode_queries(int64_t B, int64_t places, int64_t r, int64_t bits_of_scan, int64_t signed_rows,
+// What the tensor cores multiply: bytes c + 8 of 4 bits, c itself of 8.
+__device__ inline int offset_of_operand(int bits) {
+  return bits == 4 ? code_offset(4) : 0;
+}
+
+// One warp a column of a user. `fine`: single rows are bounded by their fine codes, which have no offset there.
+__global__ void encode_queries(int64_t B, int64_t places, int64_t r, int64_t bits_of_scan, int64_t fine,
                                const float* rotated, const float* largest, const int32_t* count, const float* reference,
                                QueryCodes out) {
   const int lane = lane_of_warp(), bits = static_cast<int>(bits_of_scan);
@@ -161,9 +166,10 @@ __global__ void encode_queries(int64_t B, int64_t places, int64_t r, int64_t bit
       const float f = there ? static_cast<float>(sqrt(lost) * kLengthGrowth) + kLeastKept : 0.0f;
       const double slack = static_cast<double>(g) * usable_reference(reference[0], r, bits) +
                            static_cast<double>(f) * usable_reference(reference[1], r, bits);
-      out.starts[column] = there ? static_cast<int32_t>(ceil(slack / step * kLengthGrowth)) - code_offset(bits) * sum
-                                 : absent_start(bits);
-      out.row_starts[column] = signed_rows ? 0 : -code_offset(bits) * sum;
+      out.starts[column] =
+          there ? static_cast<int32_t>(ceil(slack / step * kLengthGrowth)) - offset_of_operand(bits) * sum
+                : absent_start(bits);
+      out.row_starts[column] = fine ? 0 : -offset_of_operand(bits) * sum;
       out.kept[column] = g;
       out.lost[column] = f;
       if (m == 0) out.step[user] = bounded ? step : 0.0f;

@@ -79,7 +79,7 @@ __device__ __forceinline__ void operands_of(const uint4* loads, uint32_t (&a)[kP
       a[j][3] = from[1][j] & 0xF0F0F0F0u;
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[j][i] = from[i][j];
+      for (int i = 0; i < 4; ++i) a[j][i] = from[i][j] ^ 0x80808080u;  // c, without its offset
     }
   }
 }
@@ -264,6 +264,8 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks) scan_codes(ScanCall
 
     for (; product < products && queue.size <= kQueue - kMostPairs; product += of_user, user += side_by_side) {
       int32_t largest[kProducts][2];
+#pragma unroll
+      for (int j = 0; j < kProducts; ++j) largest[j][0] = largest[j][1] = -0x7FFFFFFF;
       int32_t sums[kProducts][4];
       for (int more = 0; more < of_user; ++more) {
         const int2 start = kSteps ? starts[(product + more) * 4 + t] : __ldg(all_starts + (product + more) * 4 + t);
@@ -279,9 +281,9 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks) scan_codes(ScanCall
           for (int s = 0; s < kSteps; s += 2) {
             const uint4 b = fragments[at + s / 2 * kWarp];
 #pragma unroll
-            for (int j = 0; j < kProducts; ++j) multiply_unsigned_signed(sums[j], a[s][j], b.x, b.y);
+            for (int j = 0; j < kProducts; ++j) multiply_bytes<kBits == 8>(sums[j], a[s][j], b.x, b.y);
 #pragma unroll
-            for (int j = 0; j < kProducts; ++j) multiply_unsigned_signed(sums[j], a[s + 1][j], b.z, b.w);
+            for (int j = 0; j < kProducts; ++j) multiply_bytes<kBits == 8>(sums[j], a[s + 1][j], b.z, b.w);
           }
         } else {
           for (int64_t s = 0; s < pairs_of_steps; ++s) {
@@ -291,7 +293,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks) scan_codes(ScanCall
               operands_of<kBits>(next, a[0]);
 #pragma unroll
               for (int j = 0; j < kProducts; ++j)
-                multiply_unsigned_signed(sums[j], a[0][j], odd ? b.z : b.x, odd ? b.w : b.y);
+                multiply_bytes<kBits == 8>(sums[j], a[0][j], odd ? b.z : b.x, odd ? b.w : b.y);
             }
           }
         }
@@ -302,7 +304,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks) scan_codes(ScanCall
             for (int half = 0; half < 2; ++half) {
               const int32_t both =
                   sums[j][2 * half] > sums[j][2 * half + 1] ? sums[j][2 * half] : sums[j][2 * half + 1];
-              largest[j][half] = more && largest[j][half] > both ? largest[j][half] : both;
+              largest[j][half] = largest[j][half] > both ? largest[j][half] : both;
             }
         }
       }

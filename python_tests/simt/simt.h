@@ -193,14 +193,15 @@ inline void whole_warp(unsigned mask) {
   if (mask != ~0u) failure = "a part of a warp meets";
 }
 
-// d += a b on the tensor cores, m16n8k32: a is unsigned, 16 x 32, b is signed, 32 x 8, d is 16 x 8. Where the elements
-// lie is what the PTX manual says of mma.m16n8k32 for .u8/.s8: with g = lane / 4 and t = lane % 4, byte i of
+// d += a b on the tensor cores, m16n8k32: a has bytes of type A, 16 x 32, b signed ones, 32 x 8, d is 16 x 8. Where the
+// elements lie is what the PTX manual says of mma.m16n8k32 for .u8/.s8: with g = lane / 4 and t = lane % 4, byte i of
 //
 //   a register 0: row g, column 4 t + i       1: row g + 8, column 4 t + i
 //     register 2: row g, column 4 t + i + 16  3: row g + 8, column 4 t + i + 16
 //   b register 0: row 4 t + i, column g       1: row 4 t + i + 16, column g
 //   d register 0, 1: row g, column 2 t, 2 t + 1    2, 3: row g + 8, column 2 t, 2 t + 1
-inline void multiply_unsigned_signed(int32_t* d, const uint32_t* a, const uint32_t* b) {
+template <class A>
+void multiply_bytes(int32_t* d, const uint32_t* a, const uint32_t* b) {
   const Word words[3] = {a[0] | Word{a[1]} << 32, a[2] | Word{a[3]} << 32, b[0] | Word{b[1]} << 32};
   meet("mma", words, 3, [d](const Word(*brought)[4], int lane) {
     const auto byte_of = [](Word pair, int which, int i) { return static_cast<uint8_t>(pair >> (32 * which + 8 * i)); };
@@ -208,7 +209,7 @@ inline void multiply_unsigned_signed(int32_t* d, const uint32_t* a, const uint32
       const int row = lane / 4 + 8 * (c / 2), column = 2 * (lane % 4) + c % 2;
       for (int k = 0; k < 32; ++k) {
         const int high = k / 16, t = k % 16 / 4, i = k % 4;
-        const uint8_t x = byte_of(brought[row % 8 * 4 + t][high], row / 8, i);
+        const A x = static_cast<A>(byte_of(brought[row % 8 * 4 + t][high], row / 8, i));
         const int8_t y = static_cast<int8_t>(byte_of(brought[column * 4 + t][2], high, i));
         d[c] += x * y;
       }

@@ -174,11 +174,11 @@ class _Search:
             (self.largest.data_ptr(),), (self.existing.data_ptr(),), (kept,), (lost,), (self.found.data_ptr(),),
         )  # fmt: skip
         bits = formats.bits_of(self.codes, r)
-        signed_rows = bits == 8 or self.codes.fine is not None
+        fine = int(self.codes.fine is not None)
         columns = users * columns_of_user(call.places)
         self._launch(
             "encode_queries", (self.card.blocks(columns), 1), THREADS, 0,
-            (users,), (call.places,), (r,), (bits,), (int(signed_rows),), (self.rotated.data_ptr(),),
+            (users,), (call.places,), (r,), (bits,), (fine,), (self.rotated.data_ptr(),),
             (self.largest.data_ptr(),), (self.existing.data_ptr(),), (self.codes.reference.data_ptr(),),
             self.codes_of_queries,
         )  # fmt: skip
