@@ -74,7 +74,9 @@ def _readable(symbol: str) -> str:
     assert length is not None
     start = length.end()
     name, rest = symbol[start : start + int(length[1])], symbol[start + int(length[1]) :]
-    values = [value if kind == "i" else ("false", "true")[int(value)] for kind, value in re.findall(r"L([ib])(\d+)E", rest)]
+    values = [
+        value if kind == "i" else ("false", "true")[int(value)] for kind, value in re.findall(r"L([ib])(\d+)E", rest)
+    ]
     return f"{name}<{', '.join(values)}>" if values else name
 
 

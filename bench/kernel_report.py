@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import compile_cuda
 import compile_only
 import torch
 import triton
@@ -201,6 +202,9 @@ def main() -> None:
         "architectures, `LDGSTS` copies to shared memory that skip the registers, `ATOMG` atomics; counts are of",
         "instructions in the code, not of executions. Tests hold spills at zero",
         "(`python_tests/test_compiled_kernels.py`). float8 tables need sm_89: sm_80 declines them with the reason.",
+        "The kernels of packed tables, which nvcc compiles, come last (`bench/compile_cuda.py`,",
+        "`python_tests/test_compiled_cuda.py`): `IMMA` are integer matrix products on the tensor cores, `VIMNMX3` the larger of",
+        "three integers; the loop of products goes over eight columns at a time.",
     ]
     with ThreadPoolExecutor(len(ARCHITECTURES)) as pool:
         reports = list(pool.map(report, ARCHITECTURES))
@@ -213,7 +217,20 @@ def main() -> None:
             figures = f"{each['registers']} | {each['shared']} | {each['spills']}"
             loops = " ".join(map(str, each["loops"]))
             lines.append(f"| {each['described']} | {each['case']} | {figures} | {loops} | {told} |")
+    for architecture in compile_cuda.ARCHITECTURES if compile_cuda.nvcc() else ():
+        lines += cuda_lines(architecture)
     _PATH.write_text("\n".join(lines) + "\n")
+
+
+def cuda_lines(architecture: str) -> list[str]:
+    """The part of the kernels that nvcc compiles."""
+    lines = ["", f"## CUDA, sm_{architecture} (nvcc)", ""]
+    lines += ["| kernel | registers | spills | loop of products | instructions |", "| --- | --- | --- | --- | --- |"]
+    for kernel in compile_cuda.compiled(architecture):
+        told = ", ".join(f"{name} {count}" for name, count in kernel.instructions.items())
+        loop = kernel.product_loop or ""
+        lines.append(f"| {kernel.name} | {kernel.registers} | {kernel.spilled} | {loop} | {told} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -48,7 +48,6 @@ __device__ inline float tile_dot(const Table& table, const int64_t (&rows)[kTile
                                  int64_t query_stride, int queries_left) {
   const int lane = lane_of_warp() % kLanes;
   float sums[kLanes] = {};
-#pragma unroll 2
   for (int64_t e = lane; e < table.r; e += kLanes) {
     float q[kTileQueries];
 #pragma unroll

@@ -35,6 +35,14 @@ class Extension:
         self._launch(name, *grid, threads, shared, torch.cuda.current_stream().cuda_stream, arguments)
 
 
+CODE = '#include "cuda/kernels.h"\n'
+
+
+def options(sources: Path) -> tuple[str, ...]:
+    """Of NVRTC: products and sums are rounded one by one, except by the explicit fma, as the promise of bits wants."""
+    return ("-std=c++17", "--fmad=false", f"-I{sources}")
+
+
 class RuntimeCompiled:
     """Kernels that CuPy compiles with NVRTC, each at its first launch on a device; CuPy keeps them in its cache."""
 
@@ -43,9 +51,7 @@ class RuntimeCompiled:
 
     @functools.cache  # noqa: B019 (the one launcher of a process lives as long)
     def _kernel(self, name: str, device: int) -> Any:
-        options = ("-std=c++17", "--fmad=false", f"-I{self._sources}")
-        code = '#include "cuda/kernels.h"\n'
-        module = self._cupy.RawModule(code=code, options=options, name_expressions=(name,))
+        module = self._cupy.RawModule(code=CODE, options=options(self._sources), name_expressions=(name,))
         kernel = module.get_function(name)
         kernel.max_dynamic_shared_size_bytes = self._cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
         return kernel
