@@ -69,7 +69,7 @@ __global__ void prepare_queries(const float* given, const uint8_t* exists, int64
     most = 0.0f;
     for (int e = lane; e < r; e += kWarp) {
       rotated[task * r + e] = x[e];
-      most = !(fabsf(x[e]) <= most) ? fabsf(x[e]) : most;
+      most = larger(fabsf(x[e]), most);
     }
     most = largest_of_lanes(most);
     if (most != most) most = infinity();  // of an infinite element
@@ -129,9 +129,10 @@ __global__ void encode_queries(int64_t B, int64_t places, int64_t r, int64_t bit
                                QueryCodes out) {
   const int lane = lane_of_warp(), bits = static_cast<int>(bits_of_scan);
   const int64_t quads = quads_of(r), width = out.width;
-  for (int64_t column = warp_of_grid(); column < B * width; column += warps_of_grid()) {
+  const int64_t columns = (B * width + 7) / 8 * 8;  // those of the last product have no user
+  for (int64_t column = warp_of_grid(); column < columns; column += warps_of_grid()) {
     const int64_t user = column / width, m = column % width;
-    const int32_t existing = count[user];
+    const int32_t existing = user < B ? count[user] : 0;
     float most = kZeroQuery;
     for (int64_t place = lane; place < existing; place += kWarp) most = larger(largest[user * places + place], most);
     most = largest_of_lanes(most);
@@ -156,7 +157,7 @@ __global__ void encode_queries(int64_t B, int64_t places, int64_t r, int64_t bit
         word |= (static_cast<uint32_t>(static_cast<int>(code)) & 0xFFu) << 8 * j;
       }
       out.fragments[fragment_place(column, quad, out.step_pairs)] = word;
-      if (quad < quads) out.words[(user * quads + quad) * width + m] = word;
+      if (quad < quads && user < B) out.words[(user * quads + quad) * width + m] = word;
     }
     lost = sum_of_lanes(lost);
     kept = sum_of_lanes(kept);
@@ -172,9 +173,11 @@ __global__ void encode_queries(int64_t B, int64_t places, int64_t r, int64_t bit
       out.row_starts[column] = fine ? 0 : -offset_of_operand(bits) * sum;
       out.kept[column] = g;
       out.lost[column] = f;
-      if (m == 0) out.step[user] = bounded ? step : 0.0f;
-      raise_to(out.kept_most + user, g);
-      raise_to(out.lost_most + user, f);
+      if (user < B) {
+        if (m == 0) out.step[user] = bounded ? step : 0.0f;
+        raise_to(out.kept_most + user, g);
+        raise_to(out.lost_most + user, f);
+      }
     }
   }
 }

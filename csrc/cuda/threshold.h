@@ -41,11 +41,7 @@ __global__ void sample_maxima(Table table, Users users, Filter filter, int64_t s
   }
 }
 
-// What a scan compares with, of every user (docs/design.md, "The scan on a GPU"). A row survives unless
-//
-//   sum a + rho < limit - inverse bias - relative |limit - inverse bias|
-//
-// inverse: 1 / step. relative: of logsumexp, 0 elsewhere.
+// What a scan compares with, of every user: see prune.h. inverse: 1 / step.
 struct Limits {
   float *threshold, *limit, *inverse;
   int64_t* wanted;  // k, or 0 for a user who can get nothing
@@ -77,7 +73,10 @@ __global__ void set_limits(int64_t k, int64_t rank, const float* maxima, int64_t
   if (!bounded) codes.step[user] = 0.0f;
   const float inverse = bounded ? 1.0f / step : 1.0f, underflow = code_underflow(r);
   const float margin = 0x1p-20f * (fabsf(threshold) + offset);
-  float limit = threshold == infinity() ? infinity() : (threshold - offset - underflow - margin) * inverse;
+  float limit = (threshold - offset - underflow - margin) * inverse;
+  // Neither an infinite threshold nor one whose quotient overflows says anything of a bound: everything survives, as
+  // for users without a certain one.
+  if (!(limit < infinity())) limit = -infinity();
   if (!bounded) limit = -infinity();
   if (!served) limit = infinity();
   limits.threshold[user] = threshold;

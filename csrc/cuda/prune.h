@@ -1,0 +1,153 @@
+// What a tile's sums rule out, for all users of a column group: pairs that may still win go to the warp's queue.
+//
+// A row survives for a user unless (docs/design.md, "The scan on a GPU")
+//
+//   sum a + rho < limit - inverse bias - relative |limit - inverse bias|
+#pragma once
+
+#include "../common/log_sum_exp.h"
+#include "tile.h"
+
+namespace urm {
+
+// The row's side of the bound: a, over what a sum's unit is, and rho = a (G e + F n + ...) with the largest
+// coefficients of the column group.
+struct RowTerms {
+  float scale, rho, bias;
+  float unused;
+};
+
+// Largest coefficients among the users of a column group, each over its user's step.
+struct GroupSlack {
+  float kept, lost, error;
+};
+
+// Terms of rows lane and 32 + lane of a tile, as they lie: loaded early, used late.
+struct LoadedSides {
+  float scale[kTileBlocks], bias[kTileBlocks];
+  uint16_t lost[kTileBlocks], norm[kTileBlocks];
+};
+
+template <int kBits>
+__device__ __forceinline__ LoadedSides load_sides(const Codes& codes, const Table& table, int64_t tile) {
+  LoadedSides out;
+  const int64_t r = table.r;
+#pragma unroll
+  for (int b = 0; b < kTileBlocks; ++b) {
+    const int64_t wanted = tile * kTileBlocks + b, block = wanted < codes.count ? wanted : codes.count - 1;
+    const unsigned char* side = codes.blocks + block * block_bytes(r, kBits) + block_code_bytes(r, kBits);
+    out.scale[b] = __ldg(reinterpret_cast<const float*>(side) + lane_of_warp());
+    out.lost[b] = __ldg(reinterpret_cast<const uint16_t*>(side + kBlockRows * 4) + lane_of_warp());
+    out.norm[b] = __ldg(reinterpret_cast<const uint16_t*>(side + kBlockRows * 6) + lane_of_warp());
+    out.bias[b] = table.bias.data ? value_of(table.bias, block * kBlockRows + lane_of_warp()) : 0.0f;
+  }
+  return out;
+}
+
+template <int kBits>
+__device__ __forceinline__ void write_terms(const LoadedSides& sides, const GroupSlack& slack, float lost_reference,
+                                            float norm_reference, RowTerms* terms) {
+#pragma unroll
+  for (int b = 0; b < kTileBlocks; ++b) {
+    const float e = widen_half(sides.lost[b]), n = widen_half(sides.norm[b]);
+    float rho = slack.error * n;
+    rho = fused_multiply_add(slack.kept, e > lost_reference ? e - lost_reference : 0.0f, rho);
+    rho = fused_multiply_add(slack.lost, n > norm_reference ? n - norm_reference : 0.0f, rho);
+    const float unit = kBits == 4 && lane_of_warp() >= kBlockRows / 2 ? 0x1p-4f : 1.0f;  // of sums of high halves
+    terms[b * kBlockRows + lane_of_warp()] = {sides.scale[b] * unit, sides.scale[b] * rho, sides.bias[b], 0.0f};
+  }
+}
+
+// The user's side: see Limits.
+struct UserLimit {
+  float limit, inverse;
+};
+
+constexpr int kMostPairs = kRowsOfTile * kColumns;  // that one product's columns can leave
+constexpr int kQueue = 2 * kMostPairs;
+
+// A warp's survivors of one step over the columns: user of the group and row of the tile.
+struct Queue {
+  uint32_t* pairs;  // [kQueue]
+  int size;
+
+  __device__ __forceinline__ void push(bool survives, int user, int row) {
+    const uint32_t votes = __ballot_sync(kAllLanes, survives);
+    if (survives)
+      pairs[size + __popc(votes & ((1u << lane_of_warp()) - 1))] = static_cast<uint32_t>(user * kRowsOfTile + row);
+    size += __popc(votes);
+  }
+};
+
+// kGeneral: rows have a bias, or scores are those of logsumexp.
+template <bool kGeneral>
+struct Prune {
+  const RowTerms* terms;   // [kRowsOfTile]
+  const UserLimit* users;  // of the group, and as many more as share a product with the last, who can get nothing
+  float relative;
+
+  __device__ __forceinline__ bool survives(int32_t sum, int row, int user) const {
+    const RowTerms own = terms[row];
+    const UserLimit of_user = users[user];
+    const float bound = fused_multiply_add(float_not_below(sum), own.scale, own.rho);
+    if constexpr (!kGeneral) return !(bound < of_user.limit);
+    const float least = fused_multiply_add(-own.bias, of_user.inverse, of_user.limit);
+    const float size = fabsf(least) < 0x1p127f ? fabsf(least) : 0x1p127f;  // or it would be no number less infinity
+    return !(bound < fused_multiply_add(-relative, size, least));
+  }
+
+  // kCount pairs a lane, given by their number. Most have no survivor in the whole warp.
+  template <int kCount, class Sum, class Row, class User>
+  __device__ __forceinline__ void push(Sum sum, Row row, User user, Queue& queue) const {
+    bool any = false;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) any |= survives(sum(i), row(i), user(i));
+    if (!__any_sync(kAllLanes, any)) return;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) queue.push(survives(sum(i), row(i), user(i)), user(i), row(i));
+  }
+
+  // Sums of users with one query each; `user` is the first of the product.
+  template <int kBits>
+  __device__ __forceinline__ void sums_of_users(const int32_t (&sums)[kProducts][4], int user, Queue& queue) const {
+    const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
+    push<4 * kProducts>([&](int i) { return sums[i / 4][i % 4]; },
+                        [=](int i) { return row_of_sum<kBits>(g, i / 4, i / 2 % 2); },
+                        [=](int i) { return user + 2 * t + i % 2; }, queue);
+  }
+
+  // The largest of a user's sums in this lane's columns: one lane has all of them where the width is 2, else two or
+  // four lanes share them, and each ends with the rows of two products, or with one half of these.
+  template <int kBits>
+  __device__ __forceinline__ void largest_sums(const int32_t (&largest)[kProducts][2], int user, int64_t width,
+                                               Queue& queue) const {
+    const int g = lane_of_warp() / 4, t = lane_of_warp() % 4, upper = t & 1, half = t / 2;
+    if (width == 2)
+      return push<2 * kProducts>([&](int i) { return largest[i / 2][i % 2]; },
+                                 [=](int i) { return row_of_sum<kBits>(g, i / 2, i % 2); },
+                                 [=](int) { return user + t; }, queue);
+    int32_t two[2][2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int32_t keeps = upper ? largest[2 + i / 2][i % 2] : largest[i / 2][i % 2];
+      const int32_t hands = upper ? largest[i / 2][i % 2] : largest[2 + i / 2][i % 2];
+      const int32_t other = __shfl_xor_sync(kAllLanes, hands, 1);
+      two[i / 2][i % 2] = keeps > other ? keeps : other;
+    }
+    if (width == 4)
+      return push<4>([&](int i) { return two[i / 2][i % 2]; },
+                     [=](int i) { return row_of_sum<kBits>(g, 2 * upper + i / 2, i % 2); },
+                     [=](int) { return user + half; }, queue);
+    int32_t one[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int32_t keeps = half ? two[i][1] : two[i][0], hands = half ? two[i][0] : two[i][1];
+      const int32_t other = __shfl_xor_sync(kAllLanes, hands, 2);
+      one[i] = keeps > other ? keeps : other;
+    }
+    push<2>([&](int i) { return one[i]; }, [=](int i) { return row_of_sum<kBits>(g, 2 * upper + i, half); },
+            [=](int) { return user; }, queue);
+  }
+};
+
+}  // namespace urm

@@ -1,0 +1,71 @@
+// A tile of 64 rows, two blocks of codes, on its way from memory to the tensor cores.
+//
+// A load of 16 bytes has one quad of
+// four neighbouring rows; it is at once an operand of four products, one for each of these rows (j = 0..3):
+//
+//   4 bits: lanes 4 g + t load quad t of rows 4 (g % 4) + j of block g / 4, and in the high halves of rows 16 + ...;
+//   the
+//           low halves are the operand's rows g, the high ones its rows g + 8. High halves are not shifted down: their
+//           products are sixteen times as large, as their starts are.
+//   8 bits: quad t of rows 4 g + j, of the first block for the operand's rows g, of the second for its rows g + 8.
+//
+// Quads 8 s + t and 8 s + 4 + t belong to step s. Which element a place of the operand has does not matter, as long as
+// the queries' codes agree: fragments uint4 [columns / 8][steps / 2][lane] hold for two steps the two words of column
+// lane / 4. Quads behind the last are the last one again, with codes of zero on the queries' side.
+#pragma once
+
+#include "mma.h"
+#include "queries.h"
+
+namespace urm {
+
+constexpr int kTileBlocks = 2, kRowsOfTile = kTileBlocks * kBlockRows;
+constexpr int kProducts = 4;  // of a step: the rows of a load
+constexpr int kColumns = 8;   // of a product
+
+// Place in the tile of the row whose sum is in register 2 `half` or 2 `half` + 1 of product j.
+template <int kBits>
+__device__ __forceinline__ int row_of_sum(int g, int j, int half) {
+  return kBits == 4 ? kBlockRows * (g / 4) + kBlockRows / 2 * half + 4 * (g % 4) + j : kBlockRows * half + 4 * g + j;
+}
+
+template <int kBits>
+constexpr int kLoads = kBits == 4 ? 2 : 4;  // of a step
+
+// Loads of step s: quads 8 s + t (of both blocks in turns under 8 bits), then 8 s + 4 + t.
+template <int kBits>
+__device__ __forceinline__ void load_step(const Codes& codes, int64_t r, int64_t tile, int step, uint4* loads) {
+  const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
+  const int64_t last_quad = quads_of(r) - 1, last_block = codes.count - 1;
+#pragma unroll
+  for (int i = 0; i < kLoads<kBits>; ++i) {
+    const int64_t which = kBits == 4 ? g / 4 : i % 2, high = kBits == 4 ? i : i / 2;
+    const int64_t wanted = tile * kTileBlocks + which, quad = 8 * step + 4 * high + t;
+    const int64_t block = wanted < last_block ? wanted : last_block;
+    const int64_t place =
+        (quad < last_quad ? quad : last_quad) * (kBits == 4 ? 64 : 128) + 16 * (kBits == 4 ? g % 4 : g);
+    loads[i] = __ldg(reinterpret_cast<const uint4*>(codes.blocks + block * block_bytes(r, kBits) + place));
+  }
+}
+
+template <int kBits>
+__device__ __forceinline__ void operands_of(const uint4* loads, uint32_t (&a)[kProducts][4]) {
+  const auto words = [](const uint4& x, uint32_t (&out)[4]) { out[0] = x.x, out[1] = x.y, out[2] = x.z, out[3] = x.w; };
+  uint32_t from[4][4];
+#pragma unroll
+  for (int i = 0; i < kLoads<kBits>; ++i) words(loads[i], from[i]);
+#pragma unroll
+  for (int j = 0; j < kProducts; ++j) {
+    if (kBits == 4) {
+      a[j][0] = from[0][j] & 0x0F0F0F0Fu;
+      a[j][1] = from[0][j] & 0xF0F0F0F0u;
+      a[j][2] = from[1][j] & 0x0F0F0F0Fu;
+      a[j][3] = from[1][j] & 0xF0F0F0F0u;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[j][i] = from[i][j] ^ 0x80808080u;  // c, without its offset
+    }
+  }
+}
+
+}  // namespace urm
