@@ -203,8 +203,8 @@ def main() -> None:
         "instructions in the code, not of executions. Tests hold spills at zero",
         "(`python_tests/test_compiled_kernels.py`). float8 tables need sm_89: sm_80 declines them with the reason.",
         "The kernels of packed tables, which nvcc compiles, come last (`bench/compile_cuda.py`,",
-        "`python_tests/test_compiled_cuda.py`): `IMMA` are integer matrix products on the tensor cores, `VIMNMX3` the larger of",
-        "three integers; the loop of products goes over eight columns at a time.",
+        "`python_tests/test_compiled_cuda.py`): `IMMA` are integer matrix products on the tensor cores, `VIMNMX3` the",
+        "larger of three integers; the loop of products goes over eight columns at a time.",
     ]
     with ThreadPoolExecutor(len(ARCHITECTURES)) as pool:
         reports = list(pool.map(report, ARCHITECTURES))

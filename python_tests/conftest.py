@@ -78,8 +78,8 @@ def device():
 
 @pytest.fixture(params=MACHINES, ids=lambda machine: "/".join(filter(None, machine)))
 def machine(request, device):
-    """(backend, instruction set, way to scan), forced for the test. On "cuda" tables are packed, with codes that each test
-    has drawn by its name."""
+    """(backend, instruction set, way to scan), forced for the test. On "cuda" tables are packed, with codes that each
+    test has drawn by its name."""
     if request.param[0] == "cuda":
         if reason := packed_calls.why_not(device):
             pytest.skip(reason)

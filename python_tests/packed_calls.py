@@ -8,13 +8,16 @@ import contextlib
 from types import SimpleNamespace
 from unittest import mock
 
+import simt
 import torch
 
-import simt
 from urm_kernels.backends import codes as formats
 from urm_kernels.backends import cuda, select
 from urm_kernels.backends.cuda import launching, plan
 from urm_kernels.table_codes import _PACKABLE, room_for
+
+
+CPU = torch.device("cpu")
 
 
 def why_not(device):
@@ -23,7 +26,7 @@ def why_not(device):
 
 
 @contextlib.contextmanager
-def stand_in(device=torch.device("cpu")):
+def stand_in(device=CPU):
     """Within, the CUDA backend takes CPU tensors; nothing changes on a CUDA device."""
     if device.type == "cuda":
         yield

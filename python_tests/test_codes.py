@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from cuda_bounds import assert_none_is_pruned
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from cuda_bounds import assert_none_is_pruned
 from support import CODES, HALVES, INF, NAN
 
 from urm_kernels import ItemTable

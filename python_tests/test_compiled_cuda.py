@@ -79,7 +79,7 @@ def test_shared_memory_of_a_scan_fits_every_card(r, places):
 
 
 def _nvrtc():
-    """The run-time compiler of a package of the machine's, its built-in functions loaded before it; None without one."""
+    """The run-time compiler of an installed package, its built-in functions loaded before it; None without one."""
     package = importlib.util.find_spec("nvidia")
     for folder in package.submodule_search_locations or () if package else ():
         for library in sorted(Path(folder).glob("*/lib/libnvrtc.so.*")):

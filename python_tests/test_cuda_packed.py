@@ -178,7 +178,7 @@ def test_counts_are_those_of_a_scan():
 
 def test_a_refuted_guess_and_a_list_that_overflows_are_made_good():
     items = torch.randn(12_000, 8, generator=generator(0))
-    step = plan.make_plan(1, 1, len(items), 300).step
+    step = plan.make_plan(1, 1, len(items), 8, 300).step
     better = torch.arange(len(items)) % 7 == 0
     items[better] += 4
     items[3000:, :] = items[3000]  # nine thousand ties
@@ -211,7 +211,7 @@ class _FakeCuPy:
             assert name in self.names
             return _FakeKernel(name)
 
-    class cuda:  # noqa: N801 (CuPy's name)
+    class cuda:
         class Device:
             attributes = {"MaxSharedMemoryPerBlockOptin": 232448}  # noqa: RUF012
 

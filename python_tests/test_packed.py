@@ -28,8 +28,8 @@ def generator(seed):
 
 @pytest.fixture(params=MACHINES, ids="/".join)
 def machine(request, monkeypatch):
-    """An instruction set, a way to scan ("bounded": codes from the first row on, whatever they rule out), threads; or the
-    CUDA kernels as they run without a GPU."""
+    """An instruction set, a way to scan ("bounded": codes from the first row on, whatever they rule out), threads; or
+    the CUDA kernels as they run without a GPU."""
     isa, scan, threads = request.param
     if isa == "cuda":
         if reason := packed_calls.why_not(torch.device("cpu")):

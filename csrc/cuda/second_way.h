@@ -12,7 +12,7 @@ constexpr int kPasses = 6, kPassBits = 11, kPassBins = 1 << kPassBits;  // the l
 
 struct SecondWay {
   int64_t* unproven;     // how many users, of all calls that share it
-  int32_t* left;         // [B], whether the user is one of them
+  int32_t* left;         // [B + 1], whether the user is one of them; how many of this call are
   uint32_t* histograms;  // [B, kPasses, kPassBins]
 };
 
@@ -70,8 +70,8 @@ __device__ inline Narrowed narrow(const uint32_t* histograms, int64_t wanted, in
   return out;
 }
 
-// One block a user.
-__global__ void begin_second_way(Limits limits, Found found, SecondWay second) {
+// One block a user; left[B] is zero at first.
+__global__ void begin_second_way(int64_t B, Limits limits, Found found, SecondWay second) {
   const int64_t user = blockIdx.x, wanted = limits.wanted[user];
   const unsigned int count = found.count[user];
   const bool short_of = limits.threshold[user] > -infinity() && count < wanted;
@@ -81,13 +81,14 @@ __global__ void begin_second_way(Limits limits, Found found, SecondWay second) {
   if (!left) return;
   if (threadIdx.x == 0) {
     atomicAdd(reinterpret_cast<unsigned long long*>(second.unproven), 1ull);
+    atomicAdd(second.left + B, 1);
     found.count[user] = 0;
   }
   for (int i = threadIdx.x; i < kPasses * kPassBins; i += blockDim.x)
     second.histograms[user * kPasses * kPassBins + i] = 0;
 }
 
-// Calls use(row, score) for every row that the user may be given; blockIdx.y is the user.
+// Calls use(row, score) for every row from first_row on that the user may be given.
 template <class Use>
 __device__ inline void scores_of_user(const Table& table, const Users& users, const Filter& filter, int64_t user,
                                       int64_t first_row, Use use) {
@@ -105,38 +106,47 @@ __device__ inline void scores_of_user(const Table& table, const Users& users, co
   }
 }
 
-// Programs: (any number, users). Shared memory: kPassBins counters.
+// Calls use(user) for every user that is left, in all threads.
+template <class Use>
+__device__ inline void users_left(int64_t B, const SecondWay& second, Use use) {
+  if (second.left[B] == 0) return;
+  for (int64_t user = 0; user < B; ++user)
+    if (second.left[user]) use(user);
+}
+
+// Any number of blocks. Shared memory: kPassBins counters.
 __global__ void count_digits(Table table, Users users, Filter filter, Limits limits, Found found, SecondWay second,
                              int64_t pass) {
   URM_DYNAMIC_SHARED(shared);
-  const int64_t user = blockIdx.y;
-  if (!second.left[user]) return;
   uint32_t* bins = reinterpret_cast<uint32_t*>(shared);
-  uint32_t* histograms = second.histograms + user * kPasses * kPassBins;
-  const Narrowed narrowed = narrow(histograms, limits.wanted[user], found.capacity, static_cast<int>(pass));
-  if (narrowed.fits) return;
-  for (int i = threadIdx.x; i < kPassBins; i += blockDim.x) bins[i] = 0;
-  __syncthreads();
-  const int shift = shift_of_pass(static_cast<int>(pass));
-  scores_of_user(table, users, filter, user, 0, [&](int64_t row, float score) {
-    const uint64_t key = pack_key(score, static_cast<uint32_t>(row));
-    if (pass == 0 || key >> narrowed.shift == narrowed.least >> narrowed.shift)
-      atomicAdd(bins + ((key & (~uint64_t{0} >> (64 - narrowed.shift))) >> shift), 1u);
+  users_left(users.B, second, [&](int64_t user) {
+    uint32_t* histograms = second.histograms + user * kPasses * kPassBins;
+    const Narrowed narrowed = narrow(histograms, limits.wanted[user], found.capacity, static_cast<int>(pass));
+    if (narrowed.fits) return;
+    for (int i = threadIdx.x; i < kPassBins; i += blockDim.x) bins[i] = 0;
+    __syncthreads();
+    const int shift = shift_of_pass(static_cast<int>(pass));
+    scores_of_user(table, users, filter, user, 0, [&](int64_t row, float score) {
+      const uint64_t key = pack_key(score, static_cast<uint32_t>(row));
+      if (pass == 0 || key >> narrowed.shift == narrowed.least >> narrowed.shift)
+        atomicAdd(bins + ((key & (~uint64_t{0} >> (64 - narrowed.shift))) >> shift), 1u);
+    });
+    __syncthreads();
+    for (int i = threadIdx.x; i < kPassBins; i += blockDim.x)
+      if (bins[i]) atomicAdd(histograms + pass * kPassBins + i, bins[i]);
+    __syncthreads();
   });
-  __syncthreads();
-  for (int i = threadIdx.x; i < kPassBins; i += blockDim.x)
-    if (bins[i]) atomicAdd(histograms + pass * kPassBins + i, bins[i]);
 }
 
-// Programs: (any number, users).
+// Any number of blocks.
 __global__ void collect_unproven(Table table, Users users, Filter filter, Limits limits, Found found,
                                  SecondWay second) {
-  const int64_t user = blockIdx.y;
-  if (!second.left[user]) return;
-  const Narrowed narrowed =
-      narrow(second.histograms + user * kPasses * kPassBins, limits.wanted[user], found.capacity, kPasses);
-  scores_of_user(table, users, filter, user, 0, [&](int64_t row, float score) {
-    if (pack_key(score, static_cast<uint32_t>(row)) >= narrowed.least) append_key(found, user, score, row);
+  users_left(users.B, second, [&](int64_t user) {
+    const Narrowed narrowed =
+        narrow(second.histograms + user * kPasses * kPassBins, limits.wanted[user], found.capacity, kPasses);
+    scores_of_user(table, users, filter, user, 0, [&](int64_t row, float score) {
+      if (pack_key(score, static_cast<uint32_t>(row)) >= narrowed.least) append_key(found, user, score, row);
+    });
   });
 }
 

@@ -8,9 +8,14 @@
 
 namespace urm {
 
-// maxima fp32 [B, slots]: of each user the best score among `turns` sampled rows, which lie far apart: every step-th
-// row is sampled, `sample` of them, and slot s has the rows s, s + slots, ... Eight slots a warp, which may stand
-// alone.
+// Of every `step` rows one is sampled, at a place that differs from stretch to stretch: a catalogue may be periodic.
+__device__ inline int64_t sampled_row(int64_t at, int64_t step) {
+  const uint32_t scattered = static_cast<uint32_t>(at) * 0x9E3779B1u;
+  return at * step + static_cast<int64_t>(static_cast<uint64_t>(scattered) * static_cast<uint64_t>(step) >> 32);
+}
+
+// maxima fp32 [B, slots]: of each user the best score among `turns` of `sample` rows, which lie far apart: slot s has
+// samples s, s + slots, ... Eight slots a warp, which may stand alone.
 __global__ void sample_maxima(Table table, Users users, Filter filter, int64_t step, int64_t sample, int64_t slots,
                               int64_t turns, float* maxima) {
   const int half = lane_of_warp() / kLanes, own = lane_of_warp() % kLanes / kTileQueries;
@@ -24,7 +29,8 @@ __global__ void sample_maxima(Table table, Users users, Filter filter, int64_t s
         int64_t rows[kTileRows];
         for (int i = 0; i < kTileRows; ++i) {
           const int64_t at = turn * slots + slot + i;
-          rows[i] = slot + i < slots && at < sample ? at * step : -1;
+          const int64_t row = sampled_row(at, step);
+          rows[i] = slot + i < slots && at < sample && row < table.rows ? row : -1;
         }
         scores_of_rows(table, users, user, last, rows, [&](int64_t of, int64_t row, float score) {
           // By number, so that the array stays in registers.

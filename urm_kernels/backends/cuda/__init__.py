@@ -50,8 +50,9 @@ def declines(queries: Tensor, table: TableView) -> str | None:
         return "the table has no codes"
     if table.overlay is not None:
         return "rows of the table are being replaced"
-    if table.codes.blocks.data_ptr() % 16:
-        return "the codes do not lie at a multiple of 16 bytes"
+    _, reference, blocks, fine = table.codes
+    if any(part is not None and part.data_ptr() % 16 for part in (reference, blocks, fine)):
+        return "the codes do not lie at multiples of 16 bytes"
     return None
 
 

@@ -10,6 +10,7 @@ from ..codes import BLOCK, quads
 DENSE_ROWS = 8192  # below this many rows everything is scored: a scan has nothing to save
 DENSE_KEYS = 1 << 26  # of a dense call held at a time
 GROUP = 256  # users of one scan
+GROUP_ELEMENTS = 1 << 23  # of their queries
 SORTED = 4096  # results that the selection sorts itself
 THREADS = 128
 WARPS = THREADS // 32
@@ -33,8 +34,8 @@ class Card(NamedTuple):
 class Plan(NamedTuple):
     """group: users of one scan; dense: score every row instead of scanning.
 
-    Every step-th row is sampled, `sample` rows, whose scores are reduced to `slots` maxima of `turns` rows. The guess is the
-    rank-th best maximum. capacity: keys there is room for, a user.
+    One of every step rows is sampled, `sample` rows, whose scores are reduced to `slots` maxima of `turns` rows. The
+    guess is the rank-th best maximum. capacity: keys there is room for, a user.
     """
 
     group: int
@@ -47,14 +48,14 @@ class Plan(NamedTuple):
     capacity: int = 0
 
 
-def make_plan(users: int, places: int, rows: int, k: int) -> Plan:
-    """Of the k best rows a sample of S holds k S / N on average. The rank is four standard deviations above that, plus four
-    for small counts: about one user in 100,000 needs the second way. Lists have room for twice the rows that this rank lets
-    through. Maxima, 16 times as many as the rank, lose hardly any of the best sampled rows to each other.
+def make_plan(users: int, places: int, rows: int, r: int, k: int) -> Plan:
+    """Of the k best rows a sample of S holds k S / N on average. The rank is four standard deviations above that, plus
+    four for small counts: about one user in 100,000 needs the second way. Lists have room for twice the rows that this
+    rank lets through. Maxima, 16 times as many as the rank, lose hardly any of the best sampled rows to each other.
     """
+    group = max(1, min(users, GROUP, GROUP_ELEMENTS // (places * max(r, 1))))
     if rows <= max(DENSE_ROWS, 4 * k):
-        return Plan(min(users, GROUP, max(1, DENSE_KEYS // max(rows, 1))), True, capacity=rows)
-    group = min(users, GROUP)
+        return Plan(min(group, max(1, DENSE_KEYS // max(rows, 1))), True, capacity=rows)
     wanted = min(max(SAMPLED_DOTS // (group * places), FEWEST_SAMPLED), MOST_SAMPLED)
     step = max(-(-rows // wanted), 1)
     sample = -(-rows // step)

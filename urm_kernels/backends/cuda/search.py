@@ -13,11 +13,12 @@ from ..codes import Codes
 from ..table_view import ScanOptions, TableView
 from .encoding import rotation_words
 from .launching import Launcher, Words, address, table_words
-from .plan import SCAN_BLOCKS, SORTED, THREADS, WARPS, Card, Plan, columns_of_user, make_plan, plan_scan
+from .plan import SCAN_BLOCKS, SORTED, THREADS, Card, Plan, columns_of_user, make_plan, plan_scan
 
 _COMBINE = {"max": 0, "logsumexp": 0, "sum": 1, "mean": 2}
 _SELECT_THREADS, _SELECT_SHARED = 512, 256 * 4 + 16  # kSelectShared
 _PASSES, _PASS_BINS = 6, 2048
+_WIDEST_BLOCK = 2048  # up to this r a block rotates as many queries as it has warps, else one
 
 
 class Found(NamedTuple):
@@ -59,7 +60,7 @@ def search(
     if rows == 0 or queries.shape[1] == 0:
         return Found(scores.fill_(-torch.inf), ids.fill_(-1), unproven)
     places = queries.shape[1] if options.reduce in ("max", "logsumexp") else 1
-    plan = make_plan(users, places, rows, k)
+    plan = make_plan(users, places, rows, table.items.shape[1], k)
     for part, call in _calls(queries, table, options, places, plan.group):
         _Search(call, table, k, plan, launcher, card, counts, unproven).run(scores[part], ids[part])
     return Found(scores, ids, unproven)
@@ -167,8 +168,9 @@ class _Search:
         self.codes_of_queries = self._query_codes()
         _, kept, lost = self.most_words
         exists = address(call.exists)
+        threads = THREADS if r <= _WIDEST_BLOCK else 32
         self._launch(
-            "prepare_queries", (self.card.blocks(users * call.places), 1), THREADS, WARPS * r * 4,
+            "prepare_queries", (self.card.blocks(users * call.places), 1), threads, threads // 32 * r * 4,
             (call.queries.data_ptr(),), (exists,), (users,), (call.queries.shape[1],), (call.combine,), (call.places,),
             rotation_words(self.codes, r), (self.packed.data_ptr(),), (self.rotated.data_ptr(),),
             (self.largest.data_ptr(),), (self.existing.data_ptr(),), (kept,), (lost,), (self.found.data_ptr(),),
@@ -239,11 +241,14 @@ class _Search:
         )  # fmt: skip
 
     def _second_way(self) -> None:
-        left = self._room(torch.int32, self.users)
+        left = torch.zeros(self.users + 1, dtype=torch.int32, device=self.call.queries.device)
+        self.held.append(left)
         histograms = self._room(torch.int32, self.users, _PASSES, _PASS_BINS)
         second = (self.unproven.data_ptr(), left.data_ptr(), histograms.data_ptr())
-        self._launch("begin_second_way", (self.users, 1), 256, 0, self.limit_words, self.found_words, second)
-        grid = (self.card.blocks(-(-self.rows // 8), 4), self.users)
+        self._launch(
+            "begin_second_way", (self.users, 1), 256, 0, (self.users,), self.limit_words, self.found_words, second
+        )
+        grid = (self.card.blocks(-(-self.rows // 8), 4), 1)
         rows = (self.table_words, self.user_words, self.filter_words, self.limit_words, self.found_words, second)
         for number in range(_PASSES):
             self._launch("count_digits", grid, THREADS, _PASS_BINS * 4, *rows, (number,))
@@ -270,7 +275,7 @@ def _rotation_roundings(codes: Codes) -> int:
 
 
 def _unpack(best: Tensor, scores: Tensor, ids: Tensor) -> None:
-    """Keys in any order -> results in theirs. Unsigned keys have the order of signed ones with the first bit changed."""
+    """Keys in any order -> results in theirs. With the first bit changed they have the order of signed numbers."""
     signed = (best ^ torch.iinfo(torch.int64).min).sort(dim=1, descending=True).values
     ordered = (signed >> 32).to(torch.int32)
     real = signed != torch.iinfo(torch.int64).min
