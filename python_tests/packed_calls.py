@@ -16,7 +16,6 @@ from urm_kernels.backends import cuda, select
 from urm_kernels.backends.cuda import launching, plan
 from urm_kernels.table_codes import _PACKABLE, room_for
 
-
 CPU = torch.device("cpu")
 
 

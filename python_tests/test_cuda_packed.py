@@ -300,3 +300,57 @@ def test_the_stand_in_reports_what_a_gpu_would_not_do(body, words):
 def test_the_stand_in_lets_warps_part_between_barriers():
     body = "if (threadIdx.x < 32) __syncthreads(); else __syncwarp(), __syncwarp(), __syncthreads();"
     _kernel(body).launch("kernel", (3, 2), 64, 0, [(0,)])
+
+
+@pytest.mark.parametrize("kinds", CODES, ids="+".join)
+def test_limits_that_overflow_prune_nothing(kinds):
+    """A bias over a step is infinite; so is a threshold, beside a row whose sum with its bias overflows."""
+    items = torch.randn(4096, 16, generator=generator(0))
+    items[2000:2100] *= 2.0**70  # may hold anything
+    queries = torch.randn(1, 1, 16, generator=generator(1)) * 2.0**-92
+    bias = torch.zeros(4096)
+    bias[1000:2100] = 1e12
+    largest = torch.zeros(4096)
+    largest[100:1000], largest[2000:] = torch.finfo(torch.float32).max, INF
+    long = torch.rand(4096, 16, generator=generator(2)) * 2.0**50
+    with packed_calls.packed_calls(kinds, CPU):
+        got = score_topk(queries, items, 8, bias=bias)
+        other = score_topk(queries.abs() * 2.0**150, long, 8, bias=largest)
+    assert_same_bits(got, by_reference(queries, items, 8, bias=bias))
+    assert_same_bits(other, by_reference(queries.abs() * 2.0**150, long, 8, bias=largest))
+
+
+@pytest.mark.parametrize("hidden", [-INF, torch.finfo(torch.float32).min])
+def test_rows_that_a_bias_hides_are_pruned(hidden):
+    items = make_items("iid", 8000, 32, 0)
+    queries = make_queries("iid", 1, 4, 32, 1, items)
+    bias = torch.zeros(8000)
+    bias[::2] = hidden
+    counts = [torch.zeros(3, dtype=torch.int64) for _ in range(2)]
+    searched(queries, packed(TableView(items), ("int8",)), 10, counts[0])
+    searched(queries, packed(TableView(items, bias), ("int8",)), 10, counts[1])
+    assert counts[1][1] < 2 * counts[0][1] + 200
+
+
+def test_users_who_can_get_nothing_cost_nothing():
+    items = make_items("iid", 3000, 32, 0)
+    queries = make_queries("iid", 8, 2, 32, 1, items)
+    exists = torch.ones(8, 2, dtype=torch.bool)
+    exists[1:4] = False
+    queries[4:, 0, 0] = NAN
+    view = packed(TableView(items), ("int8",))
+    counts, alone = (torch.zeros(3, dtype=torch.int64) for _ in range(2))
+    found = searched(queries, view, 10, counts, query_mask=exists)
+    searched(queries[:1], view, 10, alone)
+    assert found.ids[1:].eq(-1).all() and counts[2] <= 2 * alone[2]
+
+
+def test_a_periodic_catalogue_is_sampled_as_it_is():
+    items = make_items("iid", 20_000, 16, 0)
+    for period in (2, 4, 7):
+        items[::period] = items[::period] * 1e-3
+        with packed_calls.packed_calls(("int8",), CPU):
+            view = packed(TableView(items), ("int8",))
+            counts = torch.zeros(3, dtype=torch.int64)
+            found = searched(torch.ones(1, 1, 16), view, 20, counts)
+        assert int(found.unproven) == 0 and counts[1] < 1500
