@@ -1,5 +1,6 @@
 """What only a CUDA device can show: streams, threads, graphs, waits, memory that ends, tables past 2^32 elements."""
 
+import functools
 import math
 import threading
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from support import assert_same_bits, by_reference, ids_of
 
-from urm_kernels import ItemTable, log_partition, score_candidates, score_topk
+from urm_kernels import ItemTable, interop, log_partition, score_candidates, score_topk
+from urm_kernels.backends import cpu, cuda
+from urm_kernels.backends.cuda import launching
 from urm_kernels.testing import make_items, make_queries
 
 pytestmark = [
@@ -33,6 +36,20 @@ def _chosen(queries):
     return torch.arange(40, device=queries.device).expand(len(queries), 40)
 
 
+@functools.cache
+def _packed(kinds, items):
+    return ItemTable(items).pack(kinds)
+
+
+def _by_codes(kinds, **options):
+    def call(queries, items):
+        if cuda.why_not(queries.device, ()):
+            pytest.skip("the CUDA backend of packed tables is not there")
+        return score_topk(queries, _packed(kinds, items), 50, backend="cuda", **options)
+
+    return call
+
+
 # Every function with what takes other kernels.
 CALLS = {
     "score_topk": lambda q, v: score_topk(q, v, 50),
@@ -41,6 +58,9 @@ CALLS = {
     "dense": lambda q, v: score_topk(q, v, 30_000),
     "scaled": lambda q, v: score_topk(q, ItemTable(v, row_scale=v[:, 0].float().contiguous()), 50),
     "counted": lambda q, v: score_topk(q, v, 50, return_stats=True)[0],
+    "packed": _by_codes(("int4",)),
+    "packed logsumexp": _by_codes(("int4", "int8"), reduce="logsumexp"),
+    "packed counted": lambda q, v: _by_codes(("int8",), return_stats=True)(q, v)[0],
     "score_candidates": lambda q, v: score_candidates(q, v, _chosen(q)),
     "shared candidates": lambda q, v: score_candidates(q, v, _chosen(q)[0]),
     "log_partition": lambda q, v: log_partition(q, v, temperature=0.5),
@@ -184,3 +204,58 @@ def test_survivors_that_crowd_do_not_get_lost(device):
     order = best[torch.argsort((best % 64).float(), descending=True, stable=True)].tolist()
     assert [ids[:5] for ids in ids_of(result)] == [order] * 2
     assert [ids[5:] for ids in ids_of(result)] == [[63, 127]] * 2
+
+
+@pytest.fixture
+def packed_table(device, scanned):
+    if reason := cuda.why_not(device, ()):
+        pytest.skip(reason)
+    return ItemTable(scanned[1]).pack(("int4", "int8"))
+
+
+def test_codes_made_on_the_device_are_the_cpus(packed_table):
+    if cpu.why_not(torch.device("cpu"), ()):
+        pytest.skip("needs the CPU's encoder")
+    there = ItemTable(packed_table.factors.detach().cpu()).pack(("int4", "int8"))
+    for part, other in zip(packed_table.codes()[2:], there.codes()[2:], strict=True):
+        assert torch.equal(part.cpu(), other)
+
+
+def test_packed_tables_past_two_to_the_31_elements(device):
+    rows = 34_000_000
+    free, _ = torch.cuda.mem_get_info()
+    if cuda.why_not(device, ()) or free < 3 * rows * 64 + (2 << 30):
+        pytest.skip("needs the CUDA backend and memory")
+    items = torch.zeros(rows, 64, dtype=torch.bfloat16, device=device)
+    items[-1, -1], items[rows // 2, 7], items[0, 0] = 3.0, 2.0, 1.0
+    result = score_topk(torch.ones(1, 2, 64, device=device), ItemTable(items).pack(), 3, backend="cuda")
+    assert ids_of(result) == [[rows - 1, rows // 2, 0]] and result.scores.tolist() == [[3.0, 2.0, 1.0]]
+
+
+@pytest.fixture
+def cupy():
+    return pytest.importorskip("cupy")
+
+
+def test_arrays_of_cupy_are_taken_where_they_lie_and_given_back_in_kind(cupy, packed_table, scanned):
+    queries, _, wanted = scanned
+    given = cupy.from_dlpack(queries)
+    assert interop.as_tensor("queries", given).data_ptr() == queries.data_ptr()
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        late = cupy.zeros_like(given)
+        for _ in range(200):
+            late += 1
+        late[...] = given  # only behind the additions, on CuPy's stream
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr)):
+            result = score_topk(late, packed_table, 50, backend="cuda")
+        stream.synchronize()
+    assert_same_bits(result, wanted)
+    back = interop.in_kind(result, given)
+    assert isinstance(back.scores, cupy.ndarray) and back.scores.data.ptr == result.scores.data_ptr()
+
+
+def test_kernels_that_cupy_compiles_give_the_same_bits(cupy, monkeypatch, packed_table, scanned):
+    queries, _, wanted = scanned
+    launcher = launching.RuntimeCompiled(cupy, launching.sources())
+    monkeypatch.setattr(launching, "launcher", lambda device: launcher)
+    assert_same_bits(score_topk(queries, packed_table, 50, backend="cuda"), wanted)

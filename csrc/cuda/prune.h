@@ -1,6 +1,6 @@
 // What a tile's sums rule out, for all users of a column group: pairs that may still win go to the warp's queue.
 //
-// A row survives for a user unless (docs/design.md, "The scan on a GPU")
+// A row survives for a user unless (docs/gpu_packed.md has the proof)
 //
 //   sum a + rho < limit - inverse bias - relative |limit - inverse bias|
 #pragma once
