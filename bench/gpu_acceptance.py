@@ -197,7 +197,7 @@ def _fine(step: dict[str, Any]) -> bool:
 def _table(report: dict[str, Any]) -> list[str]:
     device = report["device"]
     lines = [f"{device['name']} (sm {device['capability']}, {device['memory_gib']} GiB), torch {device['torch']}"]
-    done_by = {step: report[step] for step in ("tests", "sanitizer") if step in report}
+    done_by = {step: report[step] for step in ("extension", "tests", "sanitizer") if step in report}
     for step, done in (done_by | report.get("sanitizer", {}).get("tools", {})).items():
         kept = {key: value for key, value in done.items() if key not in ("output", "status", "seconds", "tools")}
         lines.append(f"{step}: {done['status']} in {done['seconds']} s {kept or ''}".rstrip())
@@ -288,8 +288,14 @@ def main() -> int:
         return 1 if present else 0
     device.pop("output", None)
     report: dict[str, Any] = {"device": device}
+    sys.path.insert(0, str(Path(__file__).parent))
+    import gpu_build
+
+    extension = _tail(gpu_build.extensions(_run, min(240.0, seconds / 3), environment))
     if arguments.resume and _path(device).exists():
         report = json.loads(_path(device).read_text()) | report
+    report["extension"] = extension
+    _write(report)
     for step in _CELLS:
         if step in wanted:
             _measure_cells(step, report, arguments.full, arguments.cells, functools.partial(left, step), environment)
@@ -300,7 +306,7 @@ def main() -> int:
         report["sanitizer"] = _sanitizer(left("sanitizer", 300), environment)
         _write(report)
     print("\n".join(_table(report)))
-    steps = [report[step] for step in ("tests", "sanitizer") if step in report]
+    steps = [report[step] for step in ("extension", "tests", "sanitizer") if step in report]
     steps += [cell for step in _CELLS for cell in report.get(step, [])]
     return 0 if all(map(_fine, steps)) else 1
 
@@ -308,7 +314,6 @@ def main() -> int:
 def _measure_cells(
     step: str, report: dict[str, Any], full: bool, pattern: str, left: Any, environment: dict[str, str]
 ) -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
     import gpu_cells
     import gpu_peers
 

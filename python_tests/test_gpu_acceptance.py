@@ -15,6 +15,7 @@ import torch
 from urm_kernels import score_topk
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+import gpu_build
 import gpu_cells
 import gpu_functions
 import gpu_packed
@@ -100,6 +101,8 @@ def sham(acceptance, monkeypatch):
         return lambda limit, environment: asked[name].append(limit) or dict(done)
 
     monkeypatch.setattr(acceptance, "_device", lambda *arguments: dict(CARD))
+    built = {"status": "ok", "seconds": 20.0, "output": "", "built": True}
+    monkeypatch.setattr(gpu_build, "extensions", lambda *arguments: built)
     monkeypatch.setattr(acceptance, "_measured", latency)
     good = {"status": "ok", "seconds": 60.0, "output": "", "counts": {"passed": 700}}
     tools = {tool: {**good, "passed": 9, "errors": 0} for tool in ("memcheck", "racecheck", "initcheck")}
@@ -122,6 +125,7 @@ def test_everything_is_run_written_and_shown(acceptance, sham, tmp_path, capsys)
     assert all(5 <= limit <= 20 * 60 for limit in sham["limits"])
     assert written["tests"]["counts"] == {"passed": 700}
     assert written["sanitizer"]["tools"]["racecheck"]["errors"] == 0
+    assert written["extension"]["built"] is True
     out = capsys.readouterr().out
     assert out.startswith("Sham 100") and all(name in out for name in names + packed + functions)
     assert "racecheck: ok in 60.0 s {'counts': {'passed': 700}, 'passed': 9, 'errors': 0}\n" in out
@@ -462,3 +466,24 @@ def test_cells_have_names_of_their_own_and_the_product_holds_every_size():
     for cells in (gpu_cells.named_cells() + others, gpu_cells.all_cells() + others):
         assert len({cell.name for cell in cells}) == len(cells)
     assert len(gpu_cells.all_cells()) == 108
+
+
+def test_extensions_are_built_for_the_card_where_they_are_not_there(monkeypatch):
+    ran = []
+
+    def run(command, limit, environment):
+        ran.append(command)
+        there = {"status": "ok", "seconds": 7.0, "output": ""}
+        return {**there, "status": "failed (1)"} if "-c" in command else there
+
+    monkeypatch.setattr(gpu_build.shutil, "which", lambda name: f"/bin/{name}")
+    done = gpu_build.extensions(run, 100, {})
+    assert done["built"] and done["seconds"] == 14.0
+    configure, build = ran[1:]
+    assert configure[0] == build[0] == "cmake" and "-DCMAKE_CUDA_ARCHITECTURES=native" in configure
+    assert any(word.endswith("urm_kernels") and "LIBRARY_OUTPUT" in word for word in configure)
+    monkeypatch.setattr(gpu_build.shutil, "which", lambda name: None)
+    done = gpu_build.extensions(run, 100, {})
+    assert done["status"] == "not available: no cmake, nvcc" and not done["built"]
+    done = gpu_build.extensions(lambda *arguments: {"status": "ok", "seconds": 1.0, "output": ""}, 100, {})
+    assert done["status"] == "ok" and not done["built"]
