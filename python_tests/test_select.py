@@ -1,12 +1,14 @@
 """Which backend runs a call, and the reasons why others do not."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from urm_kernels import env, score_topk
-from urm_kernels.backends import select, triton
+from urm_kernels.backends import cuda, select, triton
+from urm_kernels.backends.codes import Codes
 from urm_kernels.backends.table_view import TableView
 
 CUDA = torch.device("cuda", 0)
@@ -64,8 +66,29 @@ def test_without_triton_the_reason_is_that(card, monkeypatch):
 
 
 def test_every_backend_has_every_function():
-    for backend in select.BACKENDS.values():
-        assert all(hasattr(backend, name) for name in (*select.FUNCTIONS, "candidate_dots"))
+    for name, backend in select.BACKENDS.items():
+        functions = ("score_topk",) if name == "cuda" else (*select.FUNCTIONS, "candidate_dots")
+        assert all(hasattr(backend, function) for function in functions)
+
+
+def test_packed_tables_on_a_card_are_the_cuda_backends_and_plain_ones_tritons(card, monkeypatch):
+    card((9, 0))
+    monkeypatch.setattr(cuda.launching, "why_not", lambda device: None)
+    cuda._unfit.cache_clear()
+    meta = {"device": "meta"}
+    codes = Codes(*(torch.empty(2, **meta) for _ in range(3)))
+    items = torch.empty(40, 8, **meta)
+    items_there = SimpleNamespace(device=CUDA, dtype=torch.float32)
+    view = TableView(items, codes=codes)
+    monkeypatch.setattr(TableView, "dtypes", lambda self: (torch.float32,))
+    for table, wanted in ((view, cuda), (view._replace(codes=None), triton)):
+        table = table._replace(items=items_there)
+        assert select.choose("score_topk", torch.empty(1, 1, 8, **meta), table, "") is wanted
+    assert select.choose("log_partition", torch.empty(1, 1, 8, **meta), view._replace(items=items_there), "") is triton
+    card((7, 5))
+    cuda._unfit.cache_clear()
+    assert "8.0 is needed, this device has 7.5" in cuda.why_not(CUDA, ())
+    cuda._unfit.cache_clear()
 
 
 def test_the_report_says_what_each_backend_runs_where(card):
