@@ -67,10 +67,15 @@ __global__ void set_limits(int64_t k, int64_t rank, const float* maxima, int64_t
         slots, rank, shared, [=](int64_t i) { return static_cast<uint64_t>(ordered_bits(own[i])) << 32; }, 4);
     threshold = key_score(key);
   }
-  if (threadIdx.x != 0) return;
+  if (warp_of_block() != 0) return;
   const int32_t count = users.count[user];
   bool nan = false;
-  for (int32_t m = 0; m < count; ++m) nan |= largest[user * users.places + m] != largest[user * users.places + m];
+  for (int64_t m = lane_of_warp(); m < count; m += kWarp) {
+    const float most = largest[user * users.places + m];
+    nan |= most != most;
+  }
+  nan = __any_sync(kAllLanes, nan);
+  if (lane_of_warp() != 0) return;
   const bool served = count > 0 && !nan;
   float relative = 0.0f, offset = 0.0f;
   if (users.log_sum_exp && count) log_sum_exp_excess(count, &relative, &offset);
