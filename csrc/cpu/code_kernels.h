@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../common/codes.h"
+#include "../common/code_bound.h"
 #include "../common/rotation.h"
 #include "views.h"
 

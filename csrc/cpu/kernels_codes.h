@@ -205,10 +205,9 @@ struct CodeKernelsOf {
   // Bounds of one row for 16 queries, from their own lengths.
   static void bounds_of_queries(const int32_t* sums, const float* kept, const float* lost, const CodedRow& row,
                                 const CodeBound& user, float* bounds) {
-    V bound = V::multiply(V::from_integers(sums), V::broadcast(user.step));
-    bound = V::fma(V::load(kept), V::broadcast(row.lost), bound);
-    bound = V::fma(V::load(lost), V::broadcast(row.norm), bound);
-    bound = V::add(bound, V::broadcast(user.error * row.norm));
-    V::fma(bound, V::broadcast(row.scale), V::broadcast(user.underflow)).store(bounds);
+    const CodedLengths<V> lengths{V::broadcast(row.scale), V::broadcast(row.lost), V::broadcast(row.norm)};
+    code_bound(V::from_integers(sums), V::broadcast(user.step), V::load(kept), V::load(lost), V::broadcast(user.error),
+               V::broadcast(user.underflow), lengths)
+        .store(bounds);
   }
 };

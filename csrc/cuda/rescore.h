@@ -1,6 +1,7 @@
 // What becomes of a survivor: which of the user's queries may reach the threshold, their canonical dots, a key.
 #pragma once
 
+#include "../common/code_bound.h"
 #include "../common/total_order.h"
 #include "canonical.h"
 #include "mma.h"
@@ -57,6 +58,15 @@ __device__ inline RowSide side_of(const Codes& codes, int64_t r, int64_t row) {
           *reinterpret_cast<const uint16_t*>(side + 6)};
 }
 
+// A float as code_bound takes it.
+struct One {
+  float x;
+
+  __device__ static One multiply(One a, One b) { return {a.x * b.x}; }
+  __device__ static One add(One a, One b) { return {a.x + b.x}; }
+  __device__ static One fma(One a, One b, One c) { return {fused_multiply_add(a.x, b.x, c.x)}; }
+};
+
 // Of 32 queries from `first` on, a bit for each whose own bound of the row reaches the user's threshold. Where one does
 // under logsumexp, all are needed.
 template <int kBits>
@@ -73,13 +83,12 @@ __device__ inline uint32_t queries_that_reach(const ScanCall& call, int64_t user
   for (int64_t quad = 0; quad < quads_of(r); ++quad)
     sum = add_products(signed_quad<kBits>(call.codes, r, row, quad), __ldg(words + quad * width), sum);
   const RowSide side = side_of<kBits>(call.codes, r, row);
-  const float lost = value_of_half(side.lost), norm = value_of_half(side.norm);
+  const CodedLengths<One> lengths{{side.scale}, {value_of_half(side.lost)}, {value_of_half(side.norm)}};
   const float error =
       code_error(r, call.rotation_roundings) * (call.queries.kept_most[user] + call.queries.lost_most[user]);
-  float bound = float_not_below(sum) * step;
-  bound = fused_multiply_add(call.queries.kept[at], lost, bound);
-  bound = fused_multiply_add(call.queries.lost[at], norm, bound);
-  bound = fused_multiply_add(bound + error * norm, side.scale, code_underflow(r));
+  float bound = code_bound<One>({float_not_below(sum)}, {step}, {call.queries.kept[at]}, {call.queries.lost[at]},
+                                {error}, {code_underflow(r)}, lengths)
+                    .x;
   if (call.users.log_sum_exp) {
     float relative, offset;
     log_sum_exp_excess(count, &relative, &offset);
