@@ -37,7 +37,7 @@ constexpr int64_t kOperations = 2 * 16 * 8 * 32;
 __device__ int32_t never_stored;
 
 // Bytes of b are even, and so is every sum: it would be stored if it were odd, so that the products stay.
-__global__ void __launch_bounds__(kProductThreads, kProductBlocksPerProcessor) multiply_bytes(int64_t steps) {
+__global__ void __launch_bounds__(kProductThreads, kProductBlocksPerProcessor) products_of_bytes(int64_t steps) {
   uint32_t a[4], b[kAccumulators][2];
   int32_t d[kAccumulators][4] = {};
   uint32_t bits = blockIdx.x * kProductThreads + threadIdx.x;
@@ -116,7 +116,7 @@ double cuda_read_bandwidth(uintptr_t data, int64_t count, uintptr_t stream_addre
 double cuda_byte_products(int64_t steps, uintptr_t stream_address) {
   const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
   const int blocks = processors_of_device() * kProductBlocksPerProcessor;
-  const double taken = seconds(stream, [&] { multiply_bytes<<<blocks, kProductThreads, 0, stream>>>(steps); });
+  const double taken = seconds(stream, [&] { products_of_bytes<<<blocks, kProductThreads, 0, stream>>>(steps); });
   const int64_t warps = static_cast<int64_t>(blocks) * (kProductThreads / kWarp);
   return static_cast<double>(warps * steps) * (kAccumulators * kOperations) / taken;
 }
