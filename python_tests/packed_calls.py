@@ -13,7 +13,7 @@ import torch
 
 from urm_kernels.backends import codes as formats
 from urm_kernels.backends import cuda, select
-from urm_kernels.backends.cuda import launching, plan
+from urm_kernels.backends.cuda import launching, plan, search
 from urm_kernels.table_codes import _PACKABLE, room_for
 
 CPU = torch.device("cpu")
@@ -54,8 +54,19 @@ def packed_calls(kinds, device):
         )
 
     small = {"DENSE_ROWS": 40, "FEWEST_SAMPLED": 128, "MOST_SAMPLED": 1024}
-    with stand_in(device), mock.patch.object(select, "choose", chosen), mock.patch.multiple(plan, **small):
+    poisoned = mock.patch.object(search._Search, "_room", _poisoned)
+    with stand_in(device), mock.patch.object(select, "choose", chosen), mock.patch.multiple(plan, **small), poisoned:
         yield
+
+
+_room = search._Search._room
+
+
+def _poisoned(self, dtype, *shape):
+    """A workspace whose bytes are NaN as floats, and no index as integers, until a kernel has written them."""
+    made = _room(self, dtype, *shape)
+    made.view(torch.uint8).fill_(0xFF)
+    return made
 
 
 def _takes(table):

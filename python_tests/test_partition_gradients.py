@@ -67,7 +67,7 @@ def test_gradcheck(device, reduce, kind):
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize(("kind", "dtype"), zip(KINDS, HALVES, strict=True))
+@pytest.mark.parametrize(("kind", "dtype"), list(zip(KINDS, HALVES, strict=True)))
 @pytest.mark.parametrize("rows", [40, 400])
 def test_gradients_err_from_float64_no_more_than_twice_torchs_own(machine, device, reduce, kind, dtype, rows):
     made, upstream = leaves(torch.float32, rows, r=20, scale=0.6), torch.tensor([1.0, -2.0, 0.5])
