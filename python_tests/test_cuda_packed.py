@@ -354,3 +354,21 @@ def test_a_periodic_catalogue_is_sampled_as_it_is():
             counts = torch.zeros(3, dtype=torch.int64)
             found = searched(torch.ones(1, 1, 16), view, 20, counts)
         assert int(found.unproven) == 0 and counts[1] < 1500
+
+
+def test_every_launch_of_the_longest_rows_fits_every_card(monkeypatch):
+    asked = []
+
+    class Recording:
+        def launch(self, name, grid, threads, shared, arguments):
+            asked.append((name, grid, shared))
+            launching.stand_in(CPU).launch(name, grid, threads, shared, arguments)
+
+    monkeypatch.setattr(plan, "DENSE_ROWS", 40)
+    items = make_items("iid", 70, formats.MAX_WIDTH, 0)
+    queries = torch.randn(2, 2, formats.MAX_WIDTH, generator=generator(1))
+    found = search.search(queries, packed(TableView(items), ("int4",)), ScanOptions(), 5, Recording(), cuda.card(CPU))
+    assert torch.equal(found.ids, by_reference(queries, items, 5).ids)
+    assert max(shared for _, _, shared in asked) <= 99 << 10
+    # Where nobody is left, the second way is a row of blocks that look at one number, however many users there are.
+    assert all(grid[1] == 1 for name, grid, _ in asked if name in ("urm::count_digits", "urm::collect_unproven"))
