@@ -178,7 +178,6 @@ def test_counts_are_those_of_a_scan():
 
 def test_a_refuted_guess_and_a_list_that_overflows_are_made_good():
     items = torch.randn(12_000, 8, generator=generator(0))
-    step = plan.make_plan(1, 1, len(items), 8, 300).step
     better = torch.arange(len(items)) % 7 == 0
     items[better] += 4
     items[3000:, :] = items[3000]  # nine thousand ties
@@ -187,7 +186,7 @@ def test_a_refuted_guess_and_a_list_that_overflows_are_made_good():
     view = packed(TableView(items), ("int4",))
     found = searched(queries, view, 300)
     wanted = by_reference(queries, items, 300)
-    assert step >= 1 and int(found.unproven) >= 1
+    assert int(found.unproven) >= 1
     assert torch.equal(found.scores, wanted.scores) and torch.equal(found.ids, wanted.ids)
 
 
@@ -369,6 +368,7 @@ def test_every_launch_of_the_longest_rows_fits_every_card(monkeypatch):
     queries = torch.randn(2, 2, formats.MAX_WIDTH, generator=generator(1))
     found = search.search(queries, packed(TableView(items), ("int4",)), ScanOptions(), 5, Recording(), cuda.card(CPU))
     assert torch.equal(found.ids, by_reference(queries, items, 5).ids)
+    assert len(asked) == 15  # docs/gpu_packed.md counts them; six rows have no codes
     assert max(shared for _, _, shared in asked) <= 99 << 10
     # Where nobody is left, the second way is a row of blocks that look at one number, however many users there are.
     assert all(grid[1] == 1 for name, grid, _ in asked if name in ("urm::count_digits", "urm::collect_unproven"))

@@ -10,7 +10,7 @@
 
 namespace urm {
 
-// The row's side of the bound: a, over what a sum's unit is, and rho = a (G e + F n + ...) with the largest
+// The row's side of the bound: a, over what a sum's unit is, and rho = a (G E + L F + X n) with the largest
 // coefficients of the column group.
 struct RowTerms {
   float scale, rho, bias;

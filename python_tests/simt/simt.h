@@ -271,22 +271,24 @@ inline void __syncthreads() {
   if (urm_simt::failure) urm_simt::leave();
 }
 
-template <class T>
-T __shfl_sync(unsigned mask, T value, int from) {
+// What the lane `source(lane)` has brought.
+template <class T, class Source>
+T shuffled(const char* what, unsigned mask, T value, Source source) {
   urm_simt::whole_warp(mask);
   const urm_simt::Word word = urm_simt::to_word(value);
-  return urm_simt::meet("__shfl_sync", &word, 1, [from](const urm_simt::Word(*brought)[4], int) {
-    return urm_simt::from_word<T>(brought[from & 31][0]);
+  return urm_simt::meet(what, &word, 1, [source](const urm_simt::Word(*brought)[4], int lane) {
+    return urm_simt::from_word<T>(brought[source(lane) & 31][0]);
   });
 }
 
 template <class T>
+T __shfl_sync(unsigned mask, T value, int from) {
+  return shuffled("__shfl_sync", mask, value, [from](int) { return from; });
+}
+
+template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int apart) {
-  urm_simt::whole_warp(mask);
-  const urm_simt::Word word = urm_simt::to_word(value);
-  return urm_simt::meet("__shfl_xor_sync", &word, 1, [apart](const urm_simt::Word(*brought)[4], int lane) {
-    return urm_simt::from_word<T>(brought[lane ^ apart][0]);
-  });
+  return shuffled("__shfl_xor_sync", mask, value, [apart](int lane) { return lane ^ apart; });
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
