@@ -212,6 +212,16 @@ def codes(blocks: Tensor | None, items: Tensor) -> None:
         raise ValueError(f"codes: {blocks.dtype} {_shape(blocks)} are no codes of {rows} rows of width {r}")
 
 
+def cells(order: Tensor | None, blocks: Tensor | None, cell_rows: int, items: Tensor) -> None:
+    """Likewise the order of the codes and the codes of cells."""
+    if order is None or blocks is None:
+        return
+    coded = items.shape[0] // formats.BLOCK * formats.BLOCK
+    wanted = [-(-(coded // max(cell_rows, 1)) // formats.BLOCK), formats.block_bytes(items.shape[1], formats.CELL_BITS)]
+    if cell_rows < 1 or list(order.shape) != [coded, 2] or list(blocks.shape) != wanted:
+        raise ValueError(f"codes: {_shape(order)} and {_shape(blocks)} are no cells of {coded} rows")
+
+
 def candidates(candidates: Tensor, users: int, device: torch.device) -> None:
     _typed("candidates", candidates, (torch.int64,), device)
     if candidates.dim() not in (1, 2) or (candidates.dim() == 2 and candidates.shape[0] != users):

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, table_file
-from .backends.codes import Codes
+from .backends.codes import Cells, Codes
 from .backends.table_view import rows_of_bits
 from .factorize import factorize
 from .interop import as_tensor, is_read_only
 from .names import Names, as_names
 from .table_changes import ROW_PARTS, ChangingTable
-from .table_codes import CODE_PARTS
+from .table_codes import CELL_PARTS, CODE_PARTS, PACKED_PARTS
 
 _PARTS = (*ROW_PARTS, "text_projection", "alive", "ids", "id_text", "id_offsets")
 
@@ -37,6 +37,12 @@ class Serving(NamedTuple):
     code_reference: Tensor | None = None
     code_blocks: Tensor | None = None
     code_fine: Tensor | None = None
+    code_order: Tensor | None = None
+    code_bias: Tensor | None = None
+    code_cells: Tensor | None = None
+    code_cell_reference: Tensor | None = None
+    code_cell_most: Tensor | None = None
+    code_cell_rows: int = 0
     codes_from: int = 0
 
 
@@ -101,7 +107,9 @@ class ItemTable(ChangingTable):
         if read_only:
             self._read_only = self.factors.data_ptr()
 
-    def _start(self, tensors: dict[str, Tensor | None], names: Names | None, trainable: bool) -> None:
+    def _start(
+        self, tensors: dict[str, Tensor | None], names: Names | None, trainable: bool, cell_rows: int = 0
+    ) -> None:
         self.trainable = trainable
         self._names = names
         self._read_only = None
@@ -114,6 +122,9 @@ class ItemTable(ChangingTable):
         codes = None
         if "code_blocks" in tensors:
             codes = Codes(*(tensors.get(part) for part in CODE_PARTS))  # type: ignore[arg-type]
+            if cell_rows:
+                cells = Cells(*(tensors.get(part) for part in CELL_PARTS), cell_rows)  # type: ignore[arg-type]
+                codes = codes._replace(cells=cells)
         self._hold_codes(codes)
         self._begin(same_rows=True)
 
@@ -192,7 +203,8 @@ class ItemTable(ChangingTable):
         if codes is None or not held:
             return table
         assert self._codes_from is not None
-        return Serving(*table[:5], *codes, self._codes_from.key)
+        cells = codes.cells or (None,) * 5 + (0,)
+        return Serving(*table[:5], *codes[:4], *cells, self._codes_from.key)
 
     def to_external(self, ids: Tensor) -> Any:
         """The caller's names of result rows (int64, any shape): int64, pads stay -1, or for string ids a NumPy array of
@@ -222,7 +234,7 @@ class ItemTable(ChangingTable):
 
     def memory(self) -> dict[str, int]:
         """Bytes by part, with room for rows to come, and "total"."""
-        held = {name: getattr(self, name) for name in (*_PARTS, *CODE_PARTS, "encoded")}
+        held = {name: getattr(self, name) for name in (*_PARTS, *PACKED_PARTS, "encoded")}
         used = {n: self._room.get(n, t).nbytes for n, t in held.items() if t is not None}
         if self._names is not None:
             used["index of ids"] = self._names.index_bytes()
@@ -234,18 +246,18 @@ class ItemTable(ChangingTable):
             if self._log is not None:
                 self._log.flush()
             tensors = {name: t.detach().clone() for name in _PARTS if (t := getattr(self, name)) is not None}
-            tensors |= {name: t.clone() for name in CODE_PARTS if (t := getattr(self, name)) is not None}
-            return self._made(tensors, self.trainable)
+            tensors |= {name: t.clone() for name in PACKED_PARTS if (t := getattr(self, name)) is not None}
+            return self._made(tensors, self.trainable, self.code_cell_rows)
 
     @classmethod
-    def _made(cls, tensors: dict[str, Tensor], trainable: bool) -> ItemTable:
+    def _made(cls, tensors: dict[str, Tensor], trainable: bool, cell_rows: int) -> ItemTable:
         """A table of tensors that belong together."""
         table = cls.__new__(cls)
         nn.Module.__init__(table)
         names = None
         if "ids" in tensors or "id_offsets" in tensors:
             names = Names(tensors.get("ids"), tensors.get("id_text"), tensors.get("id_offsets"))
-        table._start(dict(tensors), names, trainable)
+        table._start(dict(tensors), names, trainable, cell_rows)
         return table
 
     def save(self, path: table_file.Path) -> None:
@@ -253,9 +265,9 @@ class ItemTable(ChangingTable):
         with self._lock:
             if self._log is not None:
                 self._log.flush()
-            parts = (*_PARTS, *CODE_PARTS)
+            parts = (*_PARTS, *PACKED_PARTS)
             tensors = {name: tensor for name in parts if (tensor := getattr(self, name)) is not None}
-            table_file.write(path, tensors, *self.factors.shape)
+            table_file.write(path, tensors, *self.factors.shape, self.code_cell_rows)
 
     @classmethod
     def load(
@@ -272,8 +284,8 @@ class ItemTable(ChangingTable):
         """
         checks.flag("mmap", mmap)
         mmap = mmap and not trainable
-        tensors = table_file.read(path, mmap=mmap, device=device)
-        table = cls._made(tensors, trainable)
+        tensors, cell_rows = table_file.read(path, mmap=mmap, device=device)
+        table = cls._made(tensors, trainable, cell_rows)
         if mmap and table.factors.device.type == "cpu":
             table._read_only = table.factors.data_ptr()
         return table

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .backends.codes import BLOCK
+from .backends.codes import BLOCK, Cells
 from .backends.table_view import gather_rows, more_bits, rows_lie_apart, rows_of_bits, without_bits
 from .freshness import MadeFrom
 from .interop import as_tensor
 from .names import Names, as_names
+from .table_cells import blocks_of_cells, order_of_moved
 from .table_codes import PackableTable
 from .updates import UpdateLog, write_rows
 
@@ -47,9 +48,9 @@ class ChangingTable(PackableTable):
             setattr(self, name, None if tensor is None else tensor.to(device))
         self._names = names
 
-    def _begin(self, *, same_rows: bool = False) -> None:
-        """After every change of the tensors themselves: the sum of the parts, codes (kept for the same rows), and a log
-        for their updates."""
+    def _begin(self, *, same_rows: bool = False, order: Tensor | None = None) -> None:
+        """After every change of the tensors themselves: the sum of the parts, codes (kept for the same rows; in an order,
+        where one is given), and a log for their updates."""
         with self._fetch:
             self._sum_from = None
             if self.text is not None:
@@ -59,7 +60,7 @@ class ChangingTable(PackableTable):
             if same_rows and self.text is None:
                 self._hold_codes(self.codes())
             else:
-                self._renew_codes()
+                self._renew_codes(order)
             tensors = {name: tensor for name in ROW_PARTS if (tensor := getattr(self, name)) is not None}
             if self.encoded is not None:
                 tensors["encoded"] = self.encoded
@@ -92,23 +93,23 @@ class ChangingTable(PackableTable):
             if self._sum_from is not None:
                 both.enter_context(self._sum_from.own_write(*self._summands()))
             if self._codes_from is not None:
-                both.enter_context(self._codes_from.own_write(*self._coded()))
+                both.enter_context(self._codes_from.own_write(*self._code_sources()))
             yield
 
     def _addresses(self) -> list[int]:
-        return [t.data_ptr() for t in (*self._summands(), *self._coded()) if t is not None]
+        return [t.data_ptr() for t in (*self._summands(), *self._code_sources()) if t is not None]
 
     def _follow(self) -> None:
         """During an own write, after parts have moved to other memory."""
         if self._sum_from is not None:
             self._sum_from = self._sum_from.successor(*self._summands())
         if self._codes_from is not None:
-            self._codes_from = self._codes_from.successor(*self._coded())
+            self._codes_from = self._codes_from.successor(*self._code_sources())
 
     def _write_codes_of(self, rows: Tensor, values: dict[str, Tensor]) -> None:
         items = values.get("encoded", values.get("factors"))
         assert items is not None
-        self._write_codes(rows, items, values.get("row_scale"))
+        self._write_codes(rows, items, values.get("row_scale"), values.get("bias"))
 
     @contextmanager
     def _changing(self, what: str) -> Iterator[None]:
@@ -172,7 +173,8 @@ class ChangingTable(PackableTable):
                 for name, value in values.items():
                     write_rows(getattr(self, name), rows, value[order])
                 items, row_scale = self._coded()
-                self._write_codes(rows, items[rows], None if row_scale is None else row_scale[rows])
+                scale, bias = (None if part is None else part[rows] for part in (row_scale, self.bias))
+                self._write_codes(rows, gather_rows(items, rows), scale, bias)
 
     def _current(self, name: str, rows: Tensor) -> Tensor:
         if self._log is not None:
@@ -244,7 +246,16 @@ class ChangingTable(PackableTable):
         if held.fine is not None:
             more["code_fine"] = self._with_room("code_fine", blocks * BLOCK)
         codes = held._replace(blocks=more["code_blocks"], fine=more.get("code_fine"))
-        self._codes_of_more(codes, items, grown.get("row_scale"), before)
+        if (cells := held.cells) is not None:
+            more |= {"code_order": self._with_room("code_order", blocks * BLOCK)}
+            count = blocks * BLOCK // cells.rows
+            more |= {"code_cells": self._with_room("code_cells", blocks_of_cells(blocks * BLOCK, cells.rows))}
+            if cells.bias is not None:
+                more |= {"code_bias": self._with_room("code_bias", blocks * BLOCK)}
+                more |= {"code_cell_most": self._with_room("code_cell_most", count)}
+            grown_cells = (more["code_order"], more.get("code_bias"), more["code_cells"], cells.reference)
+            codes = codes._replace(cells=Cells(*grown_cells, more.get("code_cell_most"), cells.rows))
+        self._codes_of_more(codes, items, grown.get("row_scale"), grown.get("bias"), before)
         return more
 
     def _put(self, tensors: dict[str, Tensor]) -> None:
@@ -315,15 +326,16 @@ class ChangingTable(PackableTable):
                 names = self._names.kept(kept)
             held = {name: tensor for name in ROW_PARTS if (tensor := getattr(self, name)) is not None}
             packed = {name: gather_rows(tensor.detach(), kept) for name, tensor in held.items()}
+            moved = torch.full((rows,), -1, dtype=torch.int64, device=device)
+            moved[kept] = torch.arange(len(kept), device=device)
+            order = None if self.code_order is None else order_of_moved(self.code_order, moved, len(kept))
             with self._fetch:
                 self._put(packed)
                 self.alive = None
                 self._room.clear()
                 if names is not None:
                     self._hold_names(names)
-                self._begin()
-            moved = torch.full((rows,), -1, dtype=torch.int64, device=device)
-            moved[kept] = torch.arange(len(kept), device=device)
+                self._begin(order=order)
             return moved
 
     def _check_rows(self, rows: Any, all_different: bool = True) -> None:

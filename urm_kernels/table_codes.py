@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, Self
@@ -10,17 +9,21 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, clusters, table_cells
 from .backends import codes as formats
 from .backends import cpu, cuda, reference
-from .backends.codes import BLOCK, Codes
+from .backends.codes import BLOCK, Cells, Codes
+from .backends.table_view import gather_rows
 from .freshness import MadeFrom
+from .progress import Progress, progress_of
 from .updates import UpdateLog
 
 Kind = Literal["int4", "int8"]
 
 KINDS: tuple[tuple[Kind, ...], ...] = (("int4",), ("int8",), ("int4", "int8"))
 CODE_PARTS = ("code_rotation", "code_reference", "code_blocks", "code_fine")
+CELL_PARTS = ("code_order", "code_bias", "code_cells", "code_cell_reference", "code_cell_most")
+PACKED_PARTS = (*CODE_PARTS, *CELL_PARTS)
 _ROWS_AT_ONCE = 1 << 18  # encoded between two steps of the progress bar
 _PACKABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
@@ -30,11 +33,18 @@ class PackableTable(nn.Module):
 
     factors: Tensor
     row_scale: Tensor | None
+    bias: Tensor | None
     encoded: Tensor | None
     code_rotation: Tensor | None
     code_reference: Tensor | None
     code_blocks: Tensor | None
     code_fine: Tensor | None
+    code_order: Tensor | None
+    code_bias: Tensor | None
+    code_cells: Tensor | None
+    code_cell_reference: Tensor | None
+    code_cell_most: Tensor | None
+    code_cell_rows: int
 
     _codes_from: MadeFrom | None
     _lock: threading.RLock  # of writers, who may wait for readers while they hold it
@@ -46,6 +56,7 @@ class PackableTable(nn.Module):
         self,
         codes: Iterable[Kind] = ("int4",),
         *,
+        blocks: bool | int = False,
         seed: int = 0,
         progress: Callable[[int, int], object] | None = None,
     ) -> Self:
@@ -57,6 +68,11 @@ class PackableTable(nn.Module):
         the most that these can be wrong, and scores exactly only what may still win (docs/design.md has the proof).
         Sources: VA-file (Weber, Schek and Blott, VLDB 1998), RaBitQ (Gao and Long, SIGMOD 2024) for the rotation.
 
+        With ``blocks`` the codes of rows that are alike lie together, in runs of 64 (k-means, by the library's own scoring;
+        inside a cluster the longest rows first), and every run has a code of its own that stands for all of its rows.
+        A call bounds the runs first and reads only those that may hold one of the best rows; where a sample says that
+        they all may, it reads on as without. Rows keep their numbers, and factors stay where they are.
+
         Codes follow :meth:`update`, :meth:`append` and :meth:`compact`, and are saved with the table. After any other
         edit of the factors (an optimizer's step, say) calls raise until :meth:`refresh`.
 
@@ -64,17 +80,23 @@ class PackableTable(nn.Module):
             codes: ("int4",): r / 2 + 8 bytes a row, for widths that are multiples of 4. ("int8",): r + 8 bytes, fewer
                 rows left to score exactly. ("int4", "int8"): both, the 8-bit codes read for what the 4-bit ones leave;
                 worth it where many rows are close to the best ones.
-            seed: of the rotation.
+            blocks: True, or the rows of a run, a multiple of 32: r / 2 + 16 bytes a row in all with 4-bit codes and runs
+                of 64. Worth it for catalogues that cluster, which most learned ones do. Runs loosen as rows are updated
+                and appended; results stay exact, and :class:`urm_kernels.ScanStats` and :meth:`memory` show when
+                packing anew would pay.
+            seed: of the rotation and the clusters.
             progress: called with (rows done, rows in all), in place of a progress bar, which comes after two seconds on
-                a terminal where tqdm is installed.
+                a terminal where tqdm is installed. With ``blocks`` a row counts once a pass over it.
 
         Raises:
             TypeError: float64 factors, which the reference scores.
-            ValueError: codes of another kind, or r above 8192.
+            ValueError: codes of another kind, blocks of another size, or r above 8192.
 
-        Memory: the codes, and some 100 KiB a thread.
+        Memory: the codes, and some 100 KiB a thread; with ``blocks`` also 40 bytes a row meanwhile, and a sixteenth of the
+        rows as float32.
         """
         kinds = checked_kinds(codes)
+        cell_rows = table_cells.rows_of_cells(blocks)
         seed = checks.count("seed", seed)
         if progress is not None and not callable(progress):
             raise TypeError(f"progress: a function of two integers or None is wanted, {progress!r} came")
@@ -83,7 +105,7 @@ class PackableTable(nn.Module):
             self._check_fresh("pack")
             if self._log is not None:
                 self._log.flush()
-            made = self._new_codes(kinds, seed, progress)
+            made = self._new_codes(kinds, cell_rows, seed, progress)
             with self._fetch:
                 self._hold_codes(made)
         return self
@@ -104,57 +126,126 @@ class PackableTable(nn.Module):
         if self.code_blocks is None:
             return None
         assert self.code_rotation is not None and self.code_reference is not None
-        return Codes(self.code_rotation, self.code_reference, self.code_blocks, self.code_fine)
+        cells = None
+        if self.code_order is not None:
+            assert self.code_cells is not None and self.code_cell_reference is not None
+            found = (self.code_order, self.code_bias, self.code_cells, self.code_cell_reference, self.code_cell_most)
+            cells = Cells(*found, self.code_cell_rows)
+        return Codes(self.code_rotation, self.code_reference, self.code_blocks, self.code_fine, cells)
 
     def _coded(self) -> tuple[Tensor, Tensor | None]:
         """What codes are made from."""
         return self.factors if self.encoded is None else self.encoded, self.row_scale
 
+    def _code_sources(self) -> tuple[Tensor | None, ...]:
+        """What codes are made from, a bias that lies in their order included."""
+        return (*self._coded(), None if self.__dict__.get("_buffers", {}).get("code_bias") is None else self.bias)
+
     def _hold_codes(self, codes: Codes | None) -> None:
         if (before := self.__dict__.get("_codes_from")) is not None:
-            before.retire(*self._coded())
-        for name, tensor in zip(CODE_PARTS, codes or (None,) * 4, strict=True):
+            before.retire(*self._code_sources())
+        cells = None if codes is None else codes.cells
+        held = (*(codes[:4] if codes else (None,) * 4), *(cells[:5] if cells else (None,) * 5))
+        for name, tensor in zip(PACKED_PARTS, held, strict=True):
             self.register_buffer(name, tensor, persistent=False)
-        self._codes_from = None if codes is None else MadeFrom(*self._coded())
+        self.code_cell_rows = cells.rows if cells else 0
+        self._codes_from = None if codes is None else MadeFrom(*self._code_sources())
 
-    def _new_codes(self, kinds: tuple[str, ...], seed: int, progress: Callable[[int, int], object] | None) -> Codes:
+    def _new_codes(
+        self, kinds: tuple[str, ...], cell_rows: int, seed: int, progress: Callable[[int, int], object] | None
+    ) -> Codes:
         items, row_scale = self._coded()
+        rows = len(items) // BLOCK * BLOCK
         with torch.inference_mode(False), torch.no_grad():
             signs = formats.rotation(items.shape[1], seed).to(items.device)
-            return encode(items, row_scale, room_for(signs, len(items), items.shape[1], kinds), progress)
+            codes = room_for(signs, len(items), items.shape[1], kinds)
+            clustered = clusters.rows_compared(rows) if cell_rows and rows else 0
+            with progress_of("pack", rows + clustered, progress) as bar:
+                if cell_rows:
+                    order = self._clustered(rows, cell_rows, seed, bar)
+                    codes = codes._replace(cells=self._cells_of(order, cell_rows))
+                return encode(items, row_scale, self.bias, codes, bar)
 
-    def _renew_codes(self) -> None:
-        """Encodes every row again; the rotation stays."""
+    def _clustered(self, rows: int, cell_rows: int, seed: int, bar: Progress) -> Tensor:
+        """The coded rows by their places."""
+        items, row_scale = self._coded()
+        if not rows:
+            return torch.empty(0, dtype=torch.int64, device=items.device)
+        items, row_scale = items[:rows], None if row_scale is None else row_scale[:rows]
+        labels = clusters.cluster(items, row_scale, seed=seed, done=bar.more)
+        lengths = torch.empty(rows, device=items.device)
+        for first in range(0, rows, _ROWS_AT_ONCE):
+            part = torch.arange(first, min(first + _ROWS_AT_ONCE, rows), device=items.device)
+            lengths[part] = torch.linalg.vector_norm(clusters.rows_of(items, row_scale, part), dim=1)
+        return clusters.order_of(labels, lengths, cell_rows)
+
+    def _cells_of(self, order: Tensor, cell_rows: int) -> Cells:
+        return table_cells.room_for_cells(order, self.factors.shape[1], cell_rows, self.bias is not None)
+
+    def _renew_codes(self, order: Tensor | None = None) -> None:
+        """Encodes every row again; the rotation stays, and the order of the rows (or the one that is given) where these
+        are as many as before."""
         held = self.codes()
         if held is None:
             return
         items, row_scale = self._coded()
         if items.dtype not in _PACKABLE:
             return self._hold_codes(None)
+        rows = len(items) // BLOCK * BLOCK
         with torch.inference_mode(False), torch.no_grad():
             signs = held.rotation.float().to(items.device)
-            if len(held.blocks) == len(items) // BLOCK and held.blocks.device == items.device:
-                codes = held._replace(rotation=signs)
+            if len(held.blocks) == len(items) // BLOCK and held.blocks.device == items.device and order is None:
+                codes = held._replace(rotation=signs, cells=None)
             else:
                 codes = room_for(signs, len(items), items.shape[1], _kinds_of(held, items.shape[1]))
-            self._hold_codes(encode(items, row_scale, codes, None))
+            with progress_of("pack", rows, None) as bar:
+                if held.cells is not None:
+                    if order is None and len(held.cells.order) == rows:
+                        order = held.cells.order[:, 0].to(items.device).long()
+                    if order is None:
+                        order = self._clustered(rows, held.cells.rows, 0, bar)
+                    codes = codes._replace(cells=self._cells_of(order, held.cells.rows))
+                self._hold_codes(encode(items, row_scale, self.bias, codes, bar))
 
-    def _write_codes(self, rows: Tensor, items: Tensor, row_scale: Tensor | None) -> None:
+    def _write_codes(self, rows: Tensor, items: Tensor, row_scale: Tensor | None, bias: Tensor | None) -> None:
         """Of some rows (ascending), whose new contents are given."""
         codes = self.codes()
-        if codes is not None:
-            with torch.no_grad():
-                encoder(items).encode_rows(items.detach(), row_scale, codes, rows)
+        if codes is None:
+            return
+        items = items.detach()
+        with torch.no_grad():
+            if codes.cells is None:
+                return encoder(items).encode_rows(items, row_scale, codes, rows)
+            coded = rows < len(codes.cells.order)
+            places, at = codes.cells.order[rows[coded], 1].long().sort()
+            at = coded.nonzero().flatten()[at]
+            items, row_scale = gather_rows(items, at), None if row_scale is None else row_scale[at]
+            encoder(items).encode_rows(items, row_scale, codes, places)
+            if codes.cells.bias is not None and bias is not None:
+                codes.cells.bias[places] = bias.detach()[at].float()
+            table_cells.widen_cells(codes, places, items, row_scale)
 
-    def _codes_of_more(self, grown: Codes, items: Tensor, row_scale: Tensor | None, before: int) -> None:
+    def _codes_of_more(
+        self, grown: Codes, items: Tensor, row_scale: Tensor | None, bias: Tensor | None, before: int
+    ) -> None:
         """Codes of the blocks that rows from `before` on have completed."""
         first = before // BLOCK
         part = slice(first * BLOCK, len(items) // BLOCK * BLOCK)
         fine = None if grown.fine is None else grown.fine[part]
         scale = None if row_scale is None else row_scale[part]
+        cells = grown.cells
         with torch.no_grad():
-            more = grown._replace(blocks=grown.blocks[first:], fine=fine)
+            more = grown._replace(blocks=grown.blocks[first:], fine=fine, cells=None)
             encoder(items).encode_blocks(items[part], scale, more)
+            if cells is None:
+                return
+            cells.order[part] = torch.arange(part.start, part.stop, device=items.device, dtype=torch.int32)[:, None]
+            if cells.bias is not None and bias is not None:
+                cells.bias[part] = bias[part].float()
+            done = part.start // cells.rows
+            places = cells.order[done * cells.rows : cells.count() * cells.rows, 0].long()
+            scale = None if row_scale is None else row_scale[places]
+            table_cells.write_cells(encoder(items), grown, done, gather_rows(items, places), scale)
 
     def _check_packable(self) -> None:
         dtype, width = self.factors.dtype, self.factors.shape[1]
@@ -196,33 +287,29 @@ def encoder(items: Tensor) -> Any:
     return reference
 
 
-def encode(
-    items: Tensor, row_scale: Tensor | None, codes: Codes, progress: Callable[[int, int], object] | None
-) -> Codes:
-    """Writes the codes of all rows that belong to whole blocks; returns them with what most rows exceed.
-
-    A progress bar comes after two seconds, on a terminal, where tqdm is installed, unless ``progress`` is given.
-    """
-    rows = len(codes.blocks) * BLOCK
-    bar = None
-    if progress is None:
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm
-
-            bar = tqdm(total=rows, desc="pack", unit="row", unit_scale=True, delay=2, leave=False, disable=None)
-    try:
-        for first in range(0, rows, _ROWS_AT_ONCE):
-            part = slice(first, min(first + _ROWS_AT_ONCE, rows))
-            some = codes._replace(
-                blocks=codes.blocks[part.start // BLOCK : part.stop // BLOCK],
-                fine=None if codes.fine is None else codes.fine[part],
-            )
+def encode(items: Tensor, row_scale: Tensor | None, bias: Tensor | None, codes: Codes, bar: Progress) -> Codes:
+    """Writes the codes of all rows that belong to whole blocks, and those of their cells; returns them with what most
+    rows and cells exceed."""
+    rows, cells, r = len(codes.blocks) * BLOCK, codes.cells, items.shape[1]
+    step = _ROWS_AT_ONCE if cells is None else _ROWS_AT_ONCE // cells.rows * cells.rows
+    for first in range(0, rows, step):
+        part = slice(first, min(first + step, rows))
+        some = codes._replace(
+            blocks=codes.blocks[part.start // BLOCK : part.stop // BLOCK],
+            fine=None if codes.fine is None else codes.fine[part],
+            cells=None,
+        )
+        if cells is None:
             encoder(items).encode_blocks(items[part], None if row_scale is None else row_scale[part], some)
-            if progress is not None:
-                progress(part.stop, rows)
-            if bar is not None:
-                bar.update(part.stop - part.start)
-    finally:
-        if bar is not None:
-            bar.close()
-    return codes._replace(reference=formats.references(codes, items.shape[1]))
+        else:
+            order = cells.order[part, 0].long()
+            here, scale = gather_rows(items, order), None if row_scale is None else row_scale[order]
+            encoder(items).encode_blocks(here, scale, some)
+            if cells.bias is not None and bias is not None:
+                cells.bias[part] = bias[order].float()
+            whole = len(here) // cells.rows * cells.rows
+            scale = None if scale is None else scale[:whole]
+            table_cells.write_cells(encoder(items), codes, first // cells.rows, here[:whole], scale)
+        bar.more(part.stop - part.start)
+    codes = codes._replace(reference=formats.references(codes, r))
+    return codes if cells is None else codes._replace(cells=cells._replace(reference=table_cells.references(codes, r)))

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import checks
 from .backends import codes as formats
 
-FORMAT = 3  # of the metadata; 2 had no codes, 1 no removed rows, texts, scales or strings, and both are read as well
+FORMAT = 4  # of the metadata; 3 had no cells, 2 no codes, 1 no removed rows, texts, scales or strings: all are read
 _MAX_HEADER = 1 << 16  # bytes; a table's own is below 4 KiB
 
 _DTYPES = {
@@ -29,6 +29,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "I64": torch.int64,
+    "I32": torch.int32,
     "U8": torch.uint8,
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -41,11 +42,11 @@ class _Wanted(NamedTuple):
     shape: list[int | None]  # None: any size
 
 
-def write(path: Path, tensors: dict[str, Tensor], rows: int, rank: int) -> None:
+def write(path: Path, tensors: dict[str, Tensor], rows: int, rank: int, cell_rows: int) -> None:
     """Writes a table's tensors, every bit of them; the file appears whole or not at all."""
     from safetensors.torch import save_file
 
-    description = {"format": FORMAT, "rows": rows, "rank": rank, "tensors": sorted(tensors)}
+    description = {"format": FORMAT, "rows": rows, "rank": rank, "cell_rows": cell_rows, "tensors": sorted(tensors)}
     partial = f"{os.fspath(path)}.{os.getpid()}.partial"
     try:
         save_file(
@@ -70,14 +71,14 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-def read(path: Path, *, mmap: bool, device: str | torch.device) -> dict[str, Tensor]:
-    """The tensors of a table's file. With mmap, on the CPU, they are a private map of it: pages are read when touched.
+def read(path: Path, *, mmap: bool, device: str | torch.device) -> tuple[dict[str, Tensor], int]:
+    """The tensors of a table's file, and the rows of its cells (0: it has none). With mmap, on the CPU, they are a private map of it: pages are read when touched.
 
     Raises ValueError in words for a file that is damaged or is no table, OSError for one that cannot be opened.
     """
     from safetensors import SafetensorError, safe_open
 
-    names = validated(path)
+    names, cell_rows = validated(path)
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             tensors = {name: file.get_tensor(name) for name in names}
@@ -87,11 +88,11 @@ def read(path: Path, *, mmap: bool, device: str | torch.device) -> dict[str, Ten
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     if "code_rotation" in tensors and not (tensors["code_rotation"].abs() == 1).all():
         raise ValueError(f"path: {path}: code_rotation holds other numbers than 1 and -1")
-    return tensors
+    return tensors, cell_rows
 
 
-def validated(path: Path) -> list[str]:
-    """Names of the tensors of a file that is a table's; allocates no more than the header's size limit."""
+def validated(path: Path) -> tuple[list[str], int]:
+    """Names of the tensors of a file that is a table's, and the rows of its cells; allocates no more than the header's size limit."""
     header, data_bytes = _header(path)
     metadata = header.pop("__metadata__", None)
     text = metadata.get("urm_kernels") if isinstance(metadata, dict) else None
@@ -106,7 +107,10 @@ def validated(path: Path) -> list[str]:
     names = described.get("tensors")
     if not isinstance(names, list) or sorted(header) != names:
         raise ValueError(f"path: {path} holds tensors {_few(sorted(header))}, its metadata names {_few(names)}")
-    wanted = _wanted(rows, rank)
+    cell_rows = described.get("cell_rows", 0)
+    if not _is_cell(cell_rows) or (cell_rows > 0) != ("code_order" in header):
+        raise ValueError(f"path: {path} claims cells of {cell_rows!r} rows")
+    wanted = _wanted(rows, rank, cell_rows)
     if "factors" not in header or not set(header) <= set(wanted):
         raise ValueError(f"path: {path} holds tensors {_few(names)}; factors, and of {sorted(wanted)} any, are wanted")
     _check_pairs(path, set(header))
@@ -120,10 +124,12 @@ def validated(path: Path) -> list[str]:
             raise ValueError(f"path: {path}: blocks of {bytes_of_block} bytes are no codes of rows of width {rank}")
         if header["factors"]["dtype"] == "F64" or ("code_fine" in shapes and bytes_of_block != possible[0]):
             raise ValueError(f"path: {path} holds codes that no table has")
-    return names
+    return names, cell_rows
 
 
-def _wanted(rows: int, rank: int) -> dict[str, _Wanted]:
+def _wanted(rows: int, rank: int, cell_rows: int = 0) -> dict[str, _Wanted]:
+    coded = rows // formats.BLOCK * formats.BLOCK
+    cells = coded // max(cell_rows, 1)
     return {
         "factors": _Wanted((*_FLOATS, "F8_E4M3"), [rows, rank]),
         "text": _Wanted(_FLOATS, [rows, None]),
@@ -139,7 +145,12 @@ def _wanted(rows: int, rank: int) -> dict[str, _Wanted]:
         ),
         "code_reference": _Wanted(("F32",), [2]),
         "code_blocks": _Wanted(("U8",), [rows // formats.BLOCK, None]),
-        "code_fine": _Wanted(("U8",), [rows // formats.BLOCK * formats.BLOCK, formats.fine_bytes(rank)]),
+        "code_fine": _Wanted(("U8",), [coded, formats.fine_bytes(rank)]),
+        "code_order": _Wanted(("I32",), [coded, 2]),
+        "code_bias": _Wanted(("F32",), [coded]),
+        "code_cells": _Wanted(("U8",), [-(-cells // formats.BLOCK), formats.block_bytes(rank, formats.CELL_BITS)]),
+        "code_cell_reference": _Wanted(("F32",), [2]),
+        "code_cell_most": _Wanted(("F32",), [cells]),
     }
 
 
@@ -155,6 +166,11 @@ def _check_pairs(path: Path, names: set[str]) -> None:
     codes = {"code_rotation", "code_reference", "code_blocks"}
     if names & {*codes, "code_fine"} and not codes <= names:
         raise ValueError(f"path: {path}: {', '.join(sorted(codes))} come together or not at all")
+    cells = {"code_order", "code_cells", "code_cell_reference"}
+    biases = {"code_bias", "code_cell_most"} if "bias" in names else set()
+    has_cells = bool(names & {*cells, "code_bias", "code_cell_most"})
+    if has_cells and (not (cells | biases | codes) <= names or names & {"code_bias", "code_cell_most"} != biases):
+        raise ValueError(f"path: {path}: {', '.join(sorted(cells | biases))} come together or not at all")
     if "ids" in names and "id_text" in names:
         raise ValueError(f"path: {path}: ids are numbers or strings, not both")
 
@@ -210,6 +226,10 @@ def _few(value: Any) -> str:
     """For a message, which a file must not make long."""
     text = repr(value)
     return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def _is_cell(rows: Any) -> TypeGuard[int]:
+    return _is_size(rows) and rows % formats.BLOCK == 0 and rows <= formats.MAX_CELL
 
 
 def _is_size(value: Any) -> TypeGuard[int]:

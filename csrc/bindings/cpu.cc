@@ -124,8 +124,11 @@ urm::Rotation view(const RotationSpec& spec) {
   return rotation;
 }
 
+// order and bias of the codes; rows of a cell, their number, codes, references of lost and norm, bias
+using Cells = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t, float, float, uintptr_t>;
+
 // bits, blocks, their number, fine codes, rotation, references of lost and norm
-using Codes = std::tuple<int, uintptr_t, int64_t, uintptr_t, RotationSpec, float, float>;
+using Codes = std::tuple<int, uintptr_t, int64_t, uintptr_t, RotationSpec, float, float, std::optional<Cells>>;
 
 urm::Codes view(const Codes& c) {
   urm::Codes codes;
@@ -136,6 +139,16 @@ urm::Codes view(const Codes& c) {
   codes.rotation = view(std::get<4>(c));
   codes.lost_reference = std::get<5>(c);
   codes.norm_reference = std::get<6>(c);
+  if (const auto& cells = std::get<7>(c)) {
+    codes.order = at<urm::Placed>(std::get<0>(*cells));
+    codes.bias = at<float>(std::get<1>(*cells));
+    codes.cells.rows = std::get<2>(*cells);
+    codes.cells.count = std::get<3>(*cells);
+    codes.cells.blocks = at<char>(std::get<4>(*cells));
+    codes.cells.lost_reference = std::get<5>(*cells);
+    codes.cells.norm_reference = std::get<6>(*cells);
+    codes.cells.bias = at<float>(std::get<7>(*cells));
+  }
   return codes;
 }
 
@@ -323,6 +336,13 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "Bounds from codes of the scan, [users, rows], or of every query, [users * queries, rows]; False where none "
       "are.");
+  m.def(
+      "cell_bounds",
+      [](const Queries& queries, const Table& table, uintptr_t out) {
+        const urm::MatrixView items = view(std::get<0>(table));
+        return urm::cell_bounds(view(queries), items, view(*std::get<5>(table)), chosen_kernels(), at<float>(out));
+      },
+      "Bounds of all rows of each cell, [cells, users]; False where none are.");
   m.def(
       "code_rate",
       [](int64_t steps, int threads) {

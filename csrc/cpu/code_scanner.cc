@@ -24,34 +24,72 @@ int64_t CodeScanner<Results>::scan(int64_t first_block, int64_t blocks) {
   Ahead ahead{codes_.blocks + next * bytes, more * bytes / kCacheLine};
   int64_t survived = 0;
   for (int64_t user = 0; user < group_.users; ++user) {
-    if (group_.packed.start[user + 1] == group_.packed.start[user]) continue;
-    sum_blocks(user, first_block, blocks, ahead);
+    survived += scan_user(user, first_block, blocks, bias, ahead);
     ahead = {nullptr, 0};
-    float bounds[kStretchBlocks * kBlockRows];
-    uint32_t survivors[kStretchBlocks];
-    prune(user, first_block, blocks, bias, bounds, survivors);
-    for (int64_t b = 0; b < blocks; ++b)
-      for (uint32_t left = survivors[b]; left; left &= left - 1) {
-        const int lane = __builtin_ctz(left);
-        const int64_t i = b * kBlockRows + lane, row = (first_block + b) * step_ * kBlockRows + lane;
-        if (!request_.filter.allows(group_.first_user + user, row)) continue;
-        keep({row, user, bounds[i], groups_that_reach(user, row, i, blocks * kBlockRows, bounds[i])});
-        ++survived;
-      }
   }
   counts_.bytes += blocks * bytes;
+  settle(survived);
+  return survived;
+}
+
+template <class Results>
+int64_t CodeScanner<Results>::scan_cell(int64_t first_block, int64_t blocks, const float* bounds, int64_t next) {
+  const int64_t bytes = block_bytes(r_, codes_.bits);
+  const float* bias = request_.bias.data ? bias_of_blocks(first_block, blocks) : nullptr;
+  Ahead ahead{codes_.blocks + next * bytes, next < codes_.count ? blocks * bytes / kCacheLine : 0};
+  int64_t survived = 0;
+  for (int64_t user = 0; user < group_.users; ++user) {
+    if (!reaches(bounds[user], results_.threshold(slot_, user))) continue;
+    survived += scan_user(user, first_block, blocks, bias, ahead);
+    ahead = {nullptr, 0};
+  }
+  counts_.bytes += blocks * bytes;
+  settle(survived);
+  return survived;
+}
+
+template <class Results>
+void CodeScanner<Results>::settle(int64_t survived) {
   counts_.survivors += survived;
   rescore(work_.waiting);
   work_.waiting.swap(work_.survivors);
+}
+
+// Blocks without a row that the user may be given are not read.
+template <class Results>
+int64_t CodeScanner<Results>::scan_user(int64_t user, int64_t first_block, int64_t blocks, const float* bias,
+                                          Ahead ahead) {
+  if (group_.packed.start[user + 1] == group_.packed.start[user]) return 0;
+  const uint32_t all = group_.blocks.among(user, first_block * step_, step_, blocks);
+  int64_t survived = 0;
+  for (uint32_t some = all; some;) {
+    const int from = __builtin_ctz(some), run = __builtin_ctz(~(some >> from));
+    some &= ~(((1u << run) - 1) << from);
+    const int64_t first = first_block + from;
+    sum_blocks(user, first, run, ahead);
+    ahead = {nullptr, 0};
+    float bounds[kStretchBlocks * kBlockRows];
+    uint32_t survivors[kStretchBlocks];
+    prune(user, first, run, bias ? bias + from * kBlockRows : nullptr, bounds, survivors);
+    for (int64_t b = 0; b < run; ++b)
+      for (uint32_t left = survivors[b]; left; left &= left - 1) {
+        const int lane = __builtin_ctz(left);
+        const int64_t i = b * kBlockRows + lane, place = (first + b) * step_ * kBlockRows + lane;
+        if (!request_.filter.allows(group_.first_user + user, group_.row_at(place))) continue;
+        keep({place, user, bounds[i], groups_that_reach(user, place, i, run * kBlockRows, bounds[i])});
+        ++survived;
+      }
+  }
   return survived;
 }
 
 template <class Results>
 const float* CodeScanner<Results>::bias_of_blocks(int64_t first_block, int64_t blocks) {
   if (step_ == 1) return bias_of(group_, work_, first_block * kBlockRows, blocks * kBlockRows);
-  for (int64_t b = 0; b < blocks; ++b)
-    kernels_.widen(part_of(request_.bias, (first_block + b) * step_ * kBlockRows, kBlockRows), kBlockRows,
-                   work_.bias.data() + b * kBlockRows);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t place = (first_block + b) * step_ * kBlockRows;
+    for (int64_t i = 0; i < kBlockRows; ++i) work_.bias[b * kBlockRows + i] = bias_of_row(place + i);
+  }
   return work_.bias.data();
 }
 
@@ -95,7 +133,7 @@ void CodeScanner<Results>::finish() {
 // largest of all; scale * step * (difference of sums) lower is a bound for a group. 10^-6 covers these roundings many
 // times over.
 template <class Results>
-uint64_t CodeScanner<Results>::groups_that_reach(int64_t user, int64_t row, int64_t i, int64_t rows,
+uint64_t CodeScanner<Results>::groups_that_reach(int64_t user, int64_t place, int64_t i, int64_t rows,
                                                  float bound) const {
   const int64_t groups = groups_of(user);
   if (groups == 1 || request_.reduce == Reduce::kLogSumExp) return ~uint64_t{0};
@@ -104,7 +142,7 @@ uint64_t CodeScanner<Results>::groups_that_reach(int64_t user, int64_t row, int6
   for (int64_t g = 1; g < groups; ++g) largest = std::max<int64_t>(largest, sums[g * rows]);
   constexpr double kRoom = 1e-6;
   const double threshold = results_.threshold(slot_, user);
-  const float scale = side_of_row(block_of(row), block_code_bytes(r_, codes_.bits), row % kBlockRows).scale;
+  const float scale = side_of_row(block_of(place), block_code_bytes(r_, codes_.bits), place % kBlockRows).scale;
   const double unit = static_cast<double>(scale) * queries_.bounds[user].step * (1 - kRoom);
   const double room = bound - threshold + kRoom * (std::fabs(bound) + std::fabs(threshold));
   uint64_t reach = 0;
@@ -121,8 +159,8 @@ void CodeScanner<Results>::keep(const Survivor& survivor) {
     rescore(work_.survivors);
   }
   work_.survivors.push_back(survivor);
-  if (codes_.fine) fetch(codes_.fine + survivor.row * fine_row_bytes(r_), fine_row_bytes(r_));
-  else if (group_.packed.total == group_.users) fetch_row(survivor.row);
+  if (codes_.fine) fetch(codes_.fine + survivor.place * fine_row_bytes(r_), fine_row_bytes(r_));
+  else if (group_.packed.total == group_.users) fetch_row(survivor.place);
 }
 
 // Scores pairs, and forgets them. Bounds are compared again: thresholds may have risen.
@@ -137,15 +175,15 @@ void CodeScanner<Results>::rescore(AlignedVector<Survivor>& pairs) {
       if (pair.bound < results_.threshold(slot_, pair.user)) continue;
       const int64_t count = choose(pair, work_.chosen.data() + taken * most);
       if (!count) continue;
-      fetch_row(pair.row);
-      batch[taken++] = {pair.row, pair.user, count};
+      fetch_row(pair.place);
+      batch[taken++] = {pair.place, pair.user, count};
     }
     for (int64_t i = 0; i < taken; ++i) {
       const Chosen& pair = batch[i];
       float score;
-      if (exact_score(group_, work_, pair.user, pair.row, work_.chosen.data() + i * most, pair.count,
-                      bias_of_row(pair.row), &score))
-        results_.take_one(slot_, pair.user, pair.row, score);
+      if (exact_score(group_, work_, pair.user, pair.place, work_.chosen.data() + i * most, pair.count,
+                      bias_of_row(pair.place), &score))
+        results_.take_one(slot_, pair.user, group_.row_at(pair.place), score);
     }
     counts_.scored += taken;
     counts_.bytes += taken * r_ * element_bytes(request_.items.dtype);
@@ -159,9 +197,9 @@ int64_t CodeScanner<Results>::groups_of(int64_t user) const {
 }
 
 template <class Results>
-void CodeScanner<Results>::bounds_of_row(int64_t user, int64_t row, uint64_t groups, float* bounds) {
+void CodeScanner<Results>::bounds_of_row(int64_t user, int64_t place, uint64_t groups, float* bounds) {
   const int64_t quads = quads_of(r_), first = queries_.first_group[user];
-  const CodedRow coded = coded_row(row);
+  const CodedRow coded = coded_row(place);
   for (int64_t g = 0; g < groups_of(user); ++g) {
     if (!is_among(groups, g)) continue;
     const int64_t at = (first + g) * kLanes;
@@ -183,8 +221,8 @@ int64_t CodeScanner<Results>::choose(const Survivor& pair, int32_t* chosen) {
     return 1;
   }
   float* bounds = work_.row_bounds.data();
-  bounds_of_row(pair.user, pair.row, pair.groups, bounds);
-  const float bias = bias_of_row(pair.row), threshold = results_.threshold(slot_, pair.user);
+  bounds_of_row(pair.user, pair.place, pair.groups, bounds);
+  const float bias = bias_of_row(pair.place), threshold = results_.threshold(slot_, pair.user);
   int64_t count = 0;
   if (request_.reduce != Reduce::kLogSumExp) {
     for (int64_t g = 0; g * kLanes < queries; ++g)
@@ -200,10 +238,10 @@ int64_t CodeScanner<Results>::choose(const Survivor& pair, int32_t* chosen) {
 }
 
 template <class Results>
-CodedRow CodeScanner<Results>::coded_row(int64_t row) {
+CodedRow CodeScanner<Results>::coded_row(int64_t place) {
   const int64_t quads = quads_of(r_);
   if (codes_.fine) {
-    const char* fine = codes_.fine + row * fine_row_bytes(r_);
+    const char* fine = codes_.fine + place * fine_row_bytes(r_);
     counts_.bytes += fine_row_bytes(r_);
     CodedRow out{reinterpret_cast<const uint8_t*>(fine), 0, 0, 0};
     uint16_t lost, norm;
@@ -213,22 +251,22 @@ CodedRow CodeScanner<Results>::coded_row(int64_t row) {
     out.lost = value_of_half(lost), out.norm = value_of_half(norm);
     return out;
   }
-  const char* block = block_of(row);
-  const int64_t lane = row % kBlockRows;
+  const char* block = block_of(place);
+  const int64_t lane = place % kBlockRows;
   row_of_block(block, lane, r_, codes_.bits, work_.row_codes.data());
   const RowSide side = side_of_row(block, block_code_bytes(r_, codes_.bits), lane);
   return {work_.row_codes.data(), side.scale, value_of_half(side.lost), value_of_half(side.norm)};
 }
 
 template <class Results>
-const char* CodeScanner<Results>::block_of(int64_t row) const {
-  return codes_.blocks + row / kBlockRows * block_bytes(r_, codes_.bits);
+const char* CodeScanner<Results>::block_of(int64_t place) const {
+  return codes_.blocks + place / kBlockRows * block_bytes(r_, codes_.bits);
 }
 
 template <class Results>
-float CodeScanner<Results>::bias_of_row(int64_t row) {
+float CodeScanner<Results>::bias_of_row(int64_t place) {
   float bias = 0;
-  if (request_.bias.data) kernels_.widen(part_of(request_.bias, row, 1), 1, &bias);
+  if (request_.bias.data) kernels_.widen(part_of(request_.bias, group_.row_at(place), 1), 1, &bias);
   return bias;
 }
 
@@ -238,9 +276,9 @@ void CodeScanner<Results>::fetch(const char* from, int64_t bytes) const {
 }
 
 template <class Results>
-void CodeScanner<Results>::fetch_row(int64_t row) const {
+void CodeScanner<Results>::fetch_row(int64_t place) const {
   if (request_.items.column_stride == 1)
-    fetch(row_address(request_.items, row), r_ * element_bytes(request_.items.dtype));
+    fetch(row_address(request_.items, group_.row_at(place)), r_ * element_bytes(request_.items.dtype));
 }
 
 template class CodeScanner<TopKResults>;

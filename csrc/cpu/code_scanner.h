@@ -1,10 +1,19 @@
 // One thread's scan of a packed table: bounds from codes for every row, finer ones and the exact score for survivors.
 #pragma once
 
+#include <limits>
+
 #include "group.h"
 #include "workspace.h"
 
 namespace urm {
+
+// A bound of this says that there is nothing to be scanned; no other bound is as low.
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
+
+inline bool reaches(float bound, float threshold) {
+  return bound != kNothing && !(bound < threshold);
+}
 
 template <class Results>
 class CodeScanner {
@@ -26,34 +35,40 @@ class CodeScanner {
   // while their rows are fetched, until the next call.
   int64_t scan(int64_t first_block, int64_t blocks);
 
+  // The same for those users whose bound of all of the blocks' rows reaches their threshold; `next` will be asked then.
+  int64_t scan_cell(int64_t first_block, int64_t blocks, const float* bounds, int64_t next);
+
   // Scores the pairs that still wait.
   void finish();
 
   // Upper bounds of the rows of a block, under max, [32]; and of one row's dots with a user's queries, of chosen groups
   // of 16 (see Survivor), in their places.
   void bounds_of_block(int64_t user, int64_t block, float* bounds);
-  void bounds_of_row(int64_t user, int64_t row, uint64_t groups, float* bounds);
+  void bounds_of_row(int64_t user, int64_t place, uint64_t groups, float* bounds);
 
   const ScanCounts& counts() const { return counts_; }
 
  private:
   struct Chosen {
-    int64_t row, user, count;
+    int64_t place, user, count;
   };
+
+  int64_t scan_user(int64_t user, int64_t first_block, int64_t blocks, const float* bias, Ahead ahead);
+  void settle(int64_t survived);
 
   void sum_blocks(int64_t user, int64_t first_block, int64_t blocks, Ahead ahead);
   void prune(int64_t user, int64_t first_block, int64_t blocks, const float* bias, float* bounds, uint32_t* survivors);
   const float* bias_of_blocks(int64_t first_block, int64_t blocks);
   int64_t groups_of(int64_t user) const;
-  uint64_t groups_that_reach(int64_t user, int64_t row, int64_t i, int64_t rows, float bound) const;
+  uint64_t groups_that_reach(int64_t user, int64_t place, int64_t i, int64_t rows, float bound) const;
   void keep(const Survivor& survivor);
   void rescore(AlignedVector<Survivor>& pairs);
   int64_t choose(const Survivor& pair, int32_t* chosen);
-  CodedRow coded_row(int64_t row);
-  const char* block_of(int64_t row) const;
-  float bias_of_row(int64_t row);
+  CodedRow coded_row(int64_t place);
+  const char* block_of(int64_t place) const;
+  float bias_of_row(int64_t place);
   void fetch(const char* from, int64_t bytes) const;
-  void fetch_row(int64_t row) const;
+  void fetch_row(int64_t place) const;
 
   const Group& group_;
   const ScanRequest& request_;

@@ -8,8 +8,8 @@
 
 namespace urm {
 
-// Calls use(row, count, dots, stride) for the tiles of rows [begin, end): dots[q * stride + i] is that of query q and
-// row row + i, times the row's scale.
+// Calls use(place, count, dots, stride) for the tiles of places [begin, end): dots[q * stride + i] is that of query q
+// and the row at place + i, times the row's scale.
 template <class Use>
 void exact_dots(const Group& group, Workspace& work, int64_t begin, int64_t end, Use use) {
   const ScanRequest& request = group.request;
@@ -17,7 +17,7 @@ void exact_dots(const Group& group, Workspace& work, int64_t begin, int64_t end,
   float* dots = work.dots.data();
   const int64_t wide = group.direct() ? kLanes : kernels.panel_rows;
   for (int64_t row = begin; row < end; row += wide) {
-    const Ahead ahead = memory_of(request.items, row + wide, wide);
+    const Ahead ahead = memory_of(group, row + wide, wide);
     int64_t stride;
     if (group.direct()) {
       const float* rows = tile_of(group, work, row, std::min<int64_t>(kLanes, end - row), &stride);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 namespace urm {
 
@@ -28,6 +29,8 @@ struct Filter {
     return sample;
   }
 
+  bool allows_all() const { return kind == MaskKind::kNone && !alive && !exclude_count; }
+
   bool allows(int64_t user, int64_t row) const {
     row *= row_step;
     if (alive && !((alive[row >> 3] >> (row & 7)) & 1)) return false;
@@ -39,6 +42,18 @@ struct Filter {
     if (!exclude_count) return true;
     const int64_t* first = exclude + user * exclude_count;
     return !std::binary_search(first, first + exclude_count, row);
+  }
+
+  // Of `count` <= 64 rows from `row` on, a multiple of 32, the set of those that masks allow; exclusions are not asked.
+  uint64_t masked(int64_t user, int64_t row, int64_t count) const {
+    uint64_t set = count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
+    if (kind == MaskKind::kBits) set &= bits_of(mask + user * mask_user_stride, row, count);
+    if (alive) set &= bits_of(alive, row, count);
+    if (kind != MaskKind::kBytes) return set;
+    const uint8_t* bytes = mask + user * mask_user_stride + row * mask_row_stride;
+    uint64_t some = 0;
+    for (int64_t i = 0; i < count; ++i) some |= uint64_t{bytes[i * mask_row_stride] != 0} << i;
+    return set & some;
   }
 
   // Those of the given lanes (bit i: row + i) that are allowed.
@@ -60,6 +75,13 @@ struct Filter {
       if (*e % row_step == 0) lanes &= ~(1u << lane);
     }
     return lanes;
+  }
+
+ private:
+  static uint64_t bits_of(const uint8_t* bits, int64_t row, int64_t count) {
+    uint64_t set = 0;
+    std::memcpy(&set, bits + row / 8, (count + 7) / 8);
+    return set;
   }
 };
 

@@ -69,12 +69,34 @@ Group::Group(const ScanRequest& request, int64_t first, int64_t last, int64_t pa
       (n >= kFewestRows || request.scan == ScanMode::kBounded))
     query_codes = encode_queries(packed, users, padded, request.codes, *request.kernels);
   const bool coded = !query_codes.empty();
+  permuted = coded && request.codes.order;
+  if (coded && request.overlay.count) {
+    for (int64_t i = 0; i < request.overlay.count; ++i) replaced.push_back(place_of(request.overlay.rows[i]));
+    std::sort(replaced.begin(), replaced.end());
+  }
   threads = useful_threads(request, packed.total, padded, coded);
+  if (coded) blocks = AllowedBlocks(request.filter, request.codes, n, first, last, threads);
   int64_t wide = std::lcm(request.kernels->panel_rows, bounds.score ? bounds.score->panel_rows : 1);
-  if (coded) wide = std::lcm(wide, kBlockRows);
+  if (coded) wide = std::lcm(wide, std::max<int64_t>(kBlockRows, request.codes.cells.rows));
   chunk_rows = round_up(std::clamp<int64_t>(threads == 1 ? n : n / (8 * threads), 1, kChunkRows), wide);
   chunks = (n + chunk_rows - 1) / chunk_rows;
   if (coded) chunk_step = scattering_step(chunks);
+}
+
+int64_t Group::next_replaced(int64_t place) const {
+  const auto next = std::lower_bound(replaced.begin(), replaced.end(), place);
+  return next == replaced.end() ? request.items.rows : *next;
+}
+
+uint32_t Group::allowed(int64_t user, int64_t place, uint32_t lanes) const {
+  const Filter& filter = request.filter;
+  if (!permuted) return filter.allowed(first_user + user, place, lanes);
+  if (filter.allows_all()) return lanes;
+  for (uint32_t left = lanes; left; left &= left - 1) {
+    const int i = __builtin_ctz(left);
+    if (!filter.allows(first_user + user, row_at(place + i))) lanes &= ~(1u << i);
+  }
+  return lanes;
 }
 
 GroupBounds make_bounds(const ScanRequest& request, const PackedQueries& packed, int64_t users, int64_t padded) {

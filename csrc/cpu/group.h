@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "aligned.h"
+#include "allowed_blocks.h"
 #include "kernels.h"
 #include "queries.h"
 #include "scan.h"
@@ -42,6 +43,10 @@ struct Group {
   GroupBounds bounds{};
   bool guess = false;        // thresholds, as the scan goes on
   QueryCodes query_codes{};  // empty where the table's codes are of no use, or it has none
+  bool permuted = false;     // rows are met in the order of their codes
+  AllowedBlocks blocks{};
+  AlignedVector<float> cell_bounds{};  // [cells][users]; empty where cells are not asked
+  AlignedVector<int64_t> replaced{};  // places of rows that have been, ascending: their codes may be changing
   int threads = 1;
   int64_t chunk_rows = 0;  // handed out at a time
   int64_t chunks = 0;
@@ -54,6 +59,20 @@ struct Group {
   Group(const ScanRequest& request, int64_t first, int64_t last, int64_t padded);
 
   bool direct() const { return panel.empty(); }
+
+  // Rows are met by their *places*: their numbers, unless codes lie in another order. Rows without codes keep theirs.
+  int64_t row_at(int64_t place) const {
+    return permuted && place < request.codes.rows() ? request.codes.row_at(place) : place;
+  }
+  int64_t place_of(int64_t row) const {
+    return permuted && row < request.codes.rows() ? request.codes.place_of(row) : row;
+  }
+
+  // The first place from `place` on whose row has been replaced; behind all rows where there is none.
+  int64_t next_replaced(int64_t place) const;
+
+  // Those lanes (bit i: place + i) whose rows the user may be given.
+  uint32_t allowed(int64_t user, int64_t place, uint32_t lanes) const;
 
   void count(const ScanCounts& counts) {
     bytes.fetch_add(counts.bytes, std::memory_order_relaxed);

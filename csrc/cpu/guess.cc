@@ -38,16 +38,14 @@ AlignedVector<float> score_at_rank(const ScanRequest& request, int64_t first, in
 }
 
 // Whether a row of the block has been: its codes may be changing.
-bool is_replaced(const Overlay& overlay, int64_t block) {
-  if (!overlay.count) return false;
-  const int64_t place = overlay.from(block * kBlockRows);
-  return place < overlay.count && overlay.rows[place] < (block + 1) * kBlockRows;
+bool is_replaced(const Group& group, int64_t block) {
+  return group.next_replaced(block * kBlockRows) < (block + 1) * kBlockRows;
 }
 
 // Of the rows found, how many there are in a block on average.
-double rows_together(const uint64_t* keys, int64_t count) {
+double rows_together(const Group& group, const uint64_t* keys, int64_t count) {
   AlignedVector<uint32_t> blocks(count);
-  for (int64_t i = 0; i < count; ++i) blocks[i] = key_row(keys[i]) / kBlockRows;
+  for (int64_t i = 0; i < count; ++i) blocks[i] = static_cast<uint32_t>(group.place_of(key_row(keys[i])) / kBlockRows);
   std::sort(blocks.begin(), blocks.end());
   const auto different = std::unique(blocks.begin(), blocks.end()) - blocks.begin();
   return static_cast<double>(count) / std::max<double>(1, static_cast<double>(different));
@@ -83,7 +81,7 @@ AlignedVector<float> guess_by_codes(const TopKRequest& request, Group& group, st
       results.adopt(slot);
       for (int64_t end = std::min(blocks, block + kStretchBlocks), run; block < end;
            block += std::max<int64_t>(1, run)) {
-        for (run = 0; block + run < end && !is_replaced(request.overlay, (block + run) * kBlockStep); ++run) {
+        for (run = 0; block + run < end && !is_replaced(group, (block + run) * kBlockStep); ++run) {
         }
         if (!run) continue;
         const int64_t pairs = run * kBlockRows * group.users, survived = scanner.scan(block, run);
@@ -103,7 +101,7 @@ AlignedVector<float> guess_by_codes(const TopKRequest& request, Group& group, st
     uint64_t* keys = best.keys();
     const int64_t found = std::min(most, best.size());
     std::partial_sort(keys, keys + found, keys + best.size(), std::greater<uint64_t>());
-    const int64_t rank = rank_in_part(expected, rows_together(keys, found));
+    const int64_t rank = rank_in_part(expected, rows_together(group, keys, found));
     if (rank <= found) guesses[user] = key_score(keys[rank - 1]);
   }
   return guesses;

@@ -33,8 +33,8 @@ class PartitionResults {
     return least - __builtin_fabsf(least) * 0x1p-20f;
   }
 
-  void take(int slot, int64_t user, int64_t row, uint32_t lanes, const float* scores) {
-    lanes = group_.request.filter.allowed(group_.first_user + user, row, lanes);
+  void take(int slot, int64_t user, int64_t place, uint32_t lanes, const float* scores) {
+    lanes = group_.allowed(user, place, lanes);
     if (lanes) group_.request.kernels->add_exponentials(scores, lanes, temperature_, &sum(slot, user));
   }
 

@@ -8,6 +8,22 @@
 
 namespace urm {
 
+// Cells: runs of rows that are alike, in the order of their codes, and for each a code that stands for all of its rows
+// (docs/design.md). These codes lie as a table's own.
+struct Cells {
+  int64_t rows = 0;  // of a cell, whole blocks; 0 where there are none
+  int64_t count = 0;
+  int bits = 4;
+  const char* blocks = nullptr;  // [count / 32, rounded up]
+  float lost_reference = 0, norm_reference = 0;
+  const float* bias = nullptr;  // [count], the largest of a cell's rows; or null
+};
+
+// The row at a place among the codes, and the place of the row of that number.
+struct Placed {
+  uint32_t row, place;
+};
+
 // A packed table's codes; `bits` is 0 where there are none.
 struct Codes {
   int bits = 0;
@@ -16,8 +32,18 @@ struct Codes {
   const char* fine = nullptr;  // or null
   Rotation rotation;
   float lost_reference = 0, norm_reference = 0;
+  const Placed* order = nullptr;  // [rows()]; null: codes lie in the order of their rows
+  const float* bias = nullptr;    // [rows()], in the order of the codes; or null
+  Cells cells{};
 
   int64_t rows() const { return count * kBlockRows; }
+
+  // An order from a file may be none: what it says is then wrong, and lies within the table all the same.
+  int64_t row_at(int64_t place) const { return within(order[place].row, place); }
+  int64_t place_of(int64_t row) const { return within(order[row].place, row); }
+
+ private:
+  int64_t within(int64_t at, int64_t otherwise) const { return at < rows() ? at : otherwise; }
 };
 
 struct QueryCodes {

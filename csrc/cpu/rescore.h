@@ -1,4 +1,4 @@
-// The exact score of one row.
+// The exact score of one row, at a place.
 #pragma once
 
 #include <algorithm>
@@ -12,14 +12,14 @@ namespace urm {
 
 // False where the score is NaN. Under max only the `count` chosen of the user's queries are asked, which hold the row's
 // best one, or all of them; under logsumexp all are.
-inline bool exact_score(const Group& group, Workspace& work, int64_t user, int64_t row, const int32_t* chosen,
+inline bool exact_score(const Group& group, Workspace& work, int64_t user, int64_t place, const int32_t* chosen,
                         int64_t count, float bias, float* score) {
   const ScanRequest& request = group.request;
   const Kernels& kernels = *request.kernels;
   const int64_t first = group.packed.start[user], queries = group.packed.start[user + 1] - first;
   const float* query = group.packed.rows.data() + first * group.padded;
-  const float* factors = row_of(group, work, row);
-  const float scale = request.row_scale.data ? *row_scale_of(group, work, row, 1) : 1.0f;
+  const float* factors = row_of(group, work, place);
+  const float scale = request.row_scale.data ? *row_scale_of(group, work, place, 1) : 1.0f;
   const auto dot_with = [&](int64_t m) {
     const float dot = kernels.dot(factors, query + m * group.padded, group.padded);
     return request.row_scale.data ? dot * scale : dot;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "cell_bounds.h"
 #include "float_environment.h"
 #include "guess.h"
 #include "run_scan.h"
@@ -11,7 +12,7 @@
 namespace urm {
 namespace {
 
-constexpr int64_t kGroupBufferBytes = 64 << 20;  // running top-k buffers of a group
+constexpr int64_t kGroupBufferBytes = 64 << 20;  // running top-k buffers of a group, and its bounds of cells
 
 // A user's keys, cut to k and written out. Returns whether these are certainly the k best: none was missed that reaches
 // the floor, and k do.
@@ -36,11 +37,13 @@ bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t
   Group group(request, first, last, padded);
   group.guess = guess && !group.query_codes.empty();
   std::vector<Workspace> work = workspaces(group);
-  AlignedVector<float> guesses;
-  if (group.guess) guesses = guess_by_codes(request, group, work);
-  else if (guess && group.bounds.score) guesses = guess_thresholds(request, first, last);
   const int64_t n = request.items.rows, k = std::min(request.k, n);
   TopKResults results(group, k, topk_buffer_capacity(k, n));
+  use_cells(request, group, work, results);
+  AlignedVector<float> guesses;
+  if (!group.cell_bounds.empty()) group.guess = false;  // the best cells have more to say than a sample
+  else if (group.guess) guesses = guess_by_codes(request, group, work);
+  else if (guess && group.bounds.score) guesses = guess_thresholds(request, first, last);
   for (int64_t user = 0; user < static_cast<int64_t>(guesses.size()); ++user)
     if (guesses[user] > -std::numeric_limits<float>::infinity()) results.raise_floor(user, lowest_key(guesses[user]));
   if (k && !run_scan(group, work, results)) return false;
@@ -62,7 +65,8 @@ bool scan_topk(const TopKRequest& request) {
   const QueriesView& queries = request.queries;
   const int64_t padded = padded_columns(queries);
   const int64_t capacity = topk_buffer_capacity(std::min(request.k, request.items.rows), request.items.rows);
-  const int64_t by_memory = kGroupBufferBytes / (8 * capacity);
+  const int64_t cells = request.codes.cells.count * static_cast<int64_t>(sizeof(float));
+  const int64_t by_memory = kGroupBufferBytes / std::max(8 * capacity, cells);
   const int64_t users = std::max<int64_t>(1, std::min(users_of_group(queries), by_memory));
   for (int64_t first = 0; first < queries.users; first += users)
     if (!scan_group(request, first, std::min(queries.users, first + users), padded, true)) return false;

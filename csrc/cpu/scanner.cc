@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "cell_bounds.h"
 #include "exact_dots.h"
 #include "float_environment.h"
 #include "partition_results.h"
@@ -48,6 +49,9 @@ void Scanner<Results>::scan_chunk(int64_t begin, int64_t end) {
   const DefaultFloatEnvironment environment;
   const CheapSession session(group_.bounds.score);
   if (group_.query_codes.empty()) return scan_rows(begin, end);
+  const Cells& cells = request_.codes.cells;
+  const int64_t in_cells = group_.cell_bounds.empty() ? begin : std::min(end, cells.count * cells.rows);
+  if (begin < in_cells) scan_cells(begin / cells.rows, in_cells / cells.rows), begin = in_cells;
   for (int64_t row = begin, stop; row < end; row = stop) {
     stop = std::min(end, row + kStretchBlocks * kBlockRows);
     int64_t survived = 0;
@@ -70,19 +74,36 @@ bool Scanner<Results>::has_thresholds() {
 // Returns how many pairs survived.
 template <class Results>
 int64_t Scanner<Results>::scan_codes(int64_t begin, int64_t end) {
-  const Overlay& overlay = request_.overlay;
   const int64_t coded = std::max(begin, std::min(end, request_.codes.rows()));
   int64_t survived = 0, row = begin;
   while (row < coded) {
-    const int64_t place = overlay.count ? overlay.from(row) : 0;
-    const int64_t next = place < overlay.count ? overlay.rows[place] / kBlockRows * kBlockRows : coded;
-    const int64_t replaced = std::min(coded, next);
+    const int64_t replaced = std::min(coded, group_.next_replaced(row) / kBlockRows * kBlockRows);
     if (row < replaced) survived += codes_.scan(row / kBlockRows, (replaced - row) / kBlockRows);
     row = replaced;
     if (row < coded) scan_rows(row, row + kBlockRows), row += kBlockRows;
   }
   scan_rows(coded, end);
   return survived;
+}
+
+// Cells [begin, end) that may hold a row for some user.
+template <class Results>
+void Scanner<Results>::scan_cells(int64_t begin, int64_t end) {
+  const int64_t rows = request_.codes.cells.rows;
+  for (int64_t row = group_.next_replaced(begin * rows); row < end * rows; row = group_.next_replaced(row)) {
+    row = row / kBlockRows * kBlockRows;
+    scan_rows(row, row + kBlockRows), row += kBlockRows;
+  }
+  const auto next_wanted = [&](int64_t cell) {
+    for (; cell < end; ++cell)
+      for (int64_t user = 0; user < group_.users; ++user)
+        if (reaches(group_.cell_bounds[cell * group_.users + user], results_.threshold(slot_, user))) return cell;
+    return int64_t{-1};
+  };
+  for (int64_t cell = next_wanted(begin), next; cell >= 0; cell = next) {
+    next = next_wanted(cell + 1);
+    scan_cell(group_, codes_, cell, group_.cell_bounds.data() + cell * group_.users, next);
+  }
 }
 
 // By themselves: bounded first where that is wanted, and pays.
@@ -130,8 +151,8 @@ void Scanner<Results>::scan_bounded(int64_t begin, int64_t end) {
 
 // Exact scores of one tile for every user.
 template <class Results>
-void Scanner<Results>::select(int64_t row, int64_t count, const float* dots, int64_t stride) {
-  const float* bias = request_.bias.data ? bias_of(group_, work_, row, count) : nullptr;
+void Scanner<Results>::select(int64_t place, int64_t count, const float* dots, int64_t stride) {
+  const float* bias = request_.bias.data ? bias_of(group_, work_, place, count) : nullptr;
   const uint32_t rows_present = (1u << count) - 1;
   const auto prune = request_.reduce == Reduce::kLogSumExp ? kernels_.prune_log_sum_exp : kernels_.prune_max;
   float scores[kLanes];
@@ -140,13 +161,13 @@ void Scanner<Results>::select(int64_t row, int64_t count, const float* dots, int
     if (!queries) continue;
     const float threshold = results_.threshold(slot_, user);
     const uint32_t survivors = rows_present & prune(dots + first * stride, stride, queries, bias, threshold, scores);
-    if (survivors) results_.take(slot_, user, row, survivors, scores);
+    if (survivors) results_.take(slot_, user, place, survivors, scores);
   }
 }
 
 // Upper bounds of one tile for the users of a slice, and exact scores of the survivors.
 template <class Results>
-void Scanner<Results>::select_bounded(const Slice& slice, int64_t row, int64_t column) {
+void Scanner<Results>::select_bounded(const Slice& slice, int64_t place, int64_t column) {
   const int64_t stride = group_.bounds.score->panel_rows;
   const float* scales = work_.scales.data() + column;
   const float* lengths = work_.lengths.data() + column;
@@ -162,12 +183,13 @@ void Scanner<Results>::select_bounded(const Slice& slice, int64_t row, int64_t c
                                               results_.threshold(slot_, user));
     for (; survivors; survivors &= survivors - 1) {
       const int i = __builtin_ctz(survivors);
-      if (!request_.filter.allows(group_.first_user + user, row + i)) continue;
+      const int64_t row = group_.row_at(place + i);
+      if (!request_.filter.allows(group_.first_user + user, row)) continue;
       ++rescored_;
       const Bounded bounded{cheap + i, scales[i], lengths[i]};
       float score;
-      if (rescore(user, row + i, bounded, bias ? bias[i] : 0.0f, results_.threshold(slot_, user), &score))
-        results_.take_one(slot_, user, row + i, score);
+      if (rescore(user, place + i, bounded, bias ? bias[i] : 0.0f, results_.threshold(slot_, user), &score))
+        results_.take_one(slot_, user, row, score);
     }
   }
 }
@@ -176,7 +198,7 @@ void Scanner<Results>::select_bounded(const Slice& slice, int64_t row, int64_t c
 // reaches the threshold are asked: if the score reaches it, the winner is among them. All are where the row is not
 // finite, as in prune_bound.
 template <class Results>
-bool Scanner<Results>::rescore(int64_t user, int64_t row, const Bounded& bounded, float bias, float threshold,
+bool Scanner<Results>::rescore(int64_t user, int64_t place, const Bounded& bounded, float bias, float threshold,
                                float* score) {
   const int64_t first = group_.packed.start[user], queries = group_.packed.start[user + 1] - first;
   const float* slack = group_.bounds.slack.data() + first;
@@ -187,7 +209,7 @@ bool Scanner<Results>::rescore(int64_t user, int64_t row, const Bounded& bounded
     const float bound = bounded.scale * (cheap + slack[m] * bounded.length);
     if (!(bound + bias < threshold)) chosen[count++] = static_cast<int32_t>(m);
   }
-  return exact_score(group_, work_, user, row, chosen, count, bias, score) && *score >= threshold;
+  return exact_score(group_, work_, user, place, chosen, count, bias, score) && *score >= threshold;
 }
 
 template class Scanner<TopKResults>;

@@ -30,20 +30,21 @@ class Scanner {
 
   void scan_chunk(int64_t begin, int64_t end);
   int64_t scan_codes(int64_t begin, int64_t end);
+  void scan_cells(int64_t begin, int64_t end);
   bool has_thresholds();
   void expect(int64_t done);
   void scan_rows(int64_t begin, int64_t end);
   void scan_exact(int64_t begin, int64_t end);
   void scan_bounded(int64_t begin, int64_t end);
 
-  void select(int64_t row, int64_t count, const float* dots, int64_t stride);
-  void select_bounded(const Slice& slice, int64_t row, int64_t column);
+  void select(int64_t place, int64_t count, const float* dots, int64_t stride);
+  void select_bounded(const Slice& slice, int64_t place, int64_t column);
   // What is known of one row: cheap scores of the user's queries, panel_rows apart, and its side of the bound.
   struct Bounded {
     const float* cheap;
     float scale, length;
   };
-  bool rescore(int64_t user, int64_t row, const Bounded& bounded, float bias, float threshold, float* score);
+  bool rescore(int64_t user, int64_t place, const Bounded& bounded, float bias, float threshold, float* score);
 
   Group& group_;
   const ScanRequest& request_;

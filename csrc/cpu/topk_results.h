@@ -49,6 +49,14 @@ class TopKResults {
     }
   }
 
+  // What has been found so far raises the floors, also where it is not yet time to cut.
+  void settle() {
+    for (Best& best : best_) {
+      best.buffer.cut();
+      best.floor.store(best.buffer.floor(), std::memory_order_relaxed);
+    }
+  }
+
   // After the scan: all that is left.
   TopKBuffer& best(int64_t user) { return best_[user].buffer; }
 
@@ -56,16 +64,17 @@ class TopKResults {
   float threshold(int slot, int64_t user) { return fresh(slot, user).threshold; }
 
   // Scores of the lanes of a tile that reach the threshold.
-  void take(int slot, int64_t user, int64_t row, uint32_t lanes, const float* scores) {
+  void take(int slot, int64_t user, int64_t place, uint32_t lanes, const float* scores) {
     for (; lanes; lanes &= lanes - 1) {
       const int i = __builtin_ctz(lanes);
-      const uint64_t key = pack_key(scores[i], static_cast<uint32_t>(row + i));
-      if (key >= fresh(slot, user).floor && group_.request.filter.allows(group_.first_user + user, row + i))
+      const int64_t row = group_.row_at(place + i);
+      const uint64_t key = pack_key(scores[i], static_cast<uint32_t>(row));
+      if (key >= fresh(slot, user).floor && group_.request.filter.allows(group_.first_user + user, row))
         push(slot, user, key);
     }
   }
 
-  // One score of an allowed row.
+  // One score of an allowed row, by its number.
   void take_one(int slot, int64_t user, int64_t row, float score) {
     const uint64_t key = pack_key(score, static_cast<uint32_t>(row));
     if (key >= fresh(slot, user).floor) push(slot, user, key);
@@ -107,7 +116,7 @@ class TopKResults {
   double together(int slot, TopKBuffer& buffer, int64_t chunks) {
     int32_t* of_chunk = of_chunk_.data() + slot * group_.chunks;
     std::fill(of_chunk, of_chunk + group_.chunks, 0);
-    for (int64_t i = 0; i < buffer.size(); ++i) ++of_chunk[key_row(buffer.keys()[i]) / group_.chunk_rows];
+    for (int64_t i = 0; i < buffer.size(); ++i) ++of_chunk[group_.place_of(key_row(buffer.keys()[i])) / group_.chunk_rows];
     double squares = 0;
     for (int64_t chunk = 0; chunk < group_.chunks; ++chunk)
       squares += static_cast<double>(of_chunk[chunk]) * of_chunk[chunk];

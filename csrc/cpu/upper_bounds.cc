@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <limits>
 
+#include "cell_bounds.h"
 #include "code_scanner.h"
 #include "float_environment.h"
+#include "run_scan.h"
 #include "topk_results.h"
 #include "workspace.h"
 
@@ -56,17 +58,37 @@ bool code_bounds(const QueriesView& queries, const MatrixView& items, const Code
   CodeScanner<TopKResults> scanner(group, work, results, 0);
   const int64_t outputs = of_queries ? group.packed.total : queries.users;
   std::fill(out, out + outputs * items.rows, std::numeric_limits<float>::infinity());
+  AlignedVector<float> block(kBlockRows);
   for (int64_t user = 0; user < queries.users; ++user) {
     const int64_t first = group.packed.start[user], count = group.packed.start[user + 1] - first;
-    for (int64_t row = 0; row < codes.rows() && count; ++row) {
+    for (int64_t place = 0; place < codes.rows() && count; ++place) {
+      const int64_t row = group.row_at(place);
       if (!of_queries) {
-        if (row % kBlockRows == 0) scanner.bounds_of_block(user, row / kBlockRows, out + user * items.rows + row);
+        if (place % kBlockRows == 0) scanner.bounds_of_block(user, place / kBlockRows, block.data());
+        out[user * items.rows + row] = block[place % kBlockRows];
         continue;
       }
-      scanner.bounds_of_row(user, row, ~uint64_t{0}, work.row_bounds.data());
+      scanner.bounds_of_row(user, place, ~uint64_t{0}, work.row_bounds.data());
       for (int64_t m = 0; m < count; ++m) out[(first + m) * items.rows + row] = work.row_bounds[m];
     }
   }
+  return true;
+}
+
+bool cell_bounds(const QueriesView& queries, const MatrixView& items, const Codes& codes, const Kernels& kernels,
+                 float* out) {
+  const DefaultFloatEnvironment environment;
+  ScanRequest request;
+  request.queries = queries;
+  request.items = items;
+  request.kernels = &kernels;
+  request.codes = codes;
+  request.scan = ScanMode::kBounded;
+  Group group(request, 0, queries.users, padded_columns(queries));
+  if (group.query_codes.empty()) return false;
+  std::vector<Workspace> work = workspaces(group);
+  const AlignedVector<float> bounds = bounds_of_cells(group, work);
+  std::copy(bounds.begin(), bounds.end(), out);
   return true;
 }
 

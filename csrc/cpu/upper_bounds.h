@@ -17,4 +17,8 @@ bool upper_bounds(const QueriesView& queries, const MatrixView& items, const Ker
 bool code_bounds(const QueriesView& queries, const MatrixView& items, const Codes& codes, const Kernels& kernels,
                  bool of_queries, float* out);
 
+// And of cells, under max: out[cell, user] for all rows of the cell and the user's best query.
+bool cell_bounds(const QueriesView& queries, const MatrixView& items, const Codes& codes, const Kernels& kernels,
+                 float* out);
+
 }  // namespace urm

@@ -11,7 +11,7 @@ constexpr int64_t kRescoreBatch = 16;  // whose rows are fetched before the firs
 
 // A pair that the scan of the codes could not rule out.
 struct Survivor {
-  int64_t row, user;
+  int64_t place, user;
   float bound;
   uint64_t groups;  // of 16 of the user's queries, one of which may reach the threshold; the last bit is all beyond 63
 };
@@ -47,19 +47,19 @@ class CheapSession {
   const CheapScore* score_;
 };
 
-// Up to 16 padded fp32 rows: the table itself where it has that form, else widened into the workspace.
-const float* tile_of(const Group& group, Workspace& work, int64_t row, int64_t count, int64_t* stride);
+// Up to 16 padded fp32 rows from a place on: the table itself where it has that form, else widened into the workspace.
+const float* tile_of(const Group& group, Workspace& work, int64_t place, int64_t count, int64_t* stride);
 
 // One row likewise.
-const float* row_of(const Group& group, Workspace& work, int64_t row);
+const float* row_of(const Group& group, Workspace& work, int64_t place);
 
 // 16 rows into columns [column, column + 16) of the cheap panel, with their scales and lengths.
-void stage_cheap(const Group& group, Workspace& work, int64_t row, int64_t column);
+void stage_cheap(const Group& group, Workspace& work, int64_t place, int64_t column);
 
-const float* bias_of(const Group& group, Workspace& work, int64_t row, int64_t count);
-const float* row_scale_of(const Group& group, Workspace& work, int64_t row, int64_t count);
+const float* bias_of(const Group& group, Workspace& work, int64_t place, int64_t count);
+const float* row_scale_of(const Group& group, Workspace& work, int64_t place, int64_t count);
 
 // Where rows follow each other without a gap, the memory of `count` of them; nothing where the cache holds the table.
-Ahead memory_of(const MatrixView& items, int64_t row, int64_t count);
+Ahead memory_of(const Group& group, int64_t row, int64_t count);
 
 }  // namespace urm

@@ -8,10 +8,32 @@ import torch
 from torch import Tensor
 
 BLOCK = 32  # rows
+MAX_CELL = 4096  # rows of a cell
+CELL_BITS = 4  # of the code of a cell
 QUAD = 4  # elements whose products a 32-bit lane adds
 SIDE_BYTES = 8  # of a row: scale, lost, norm
 MAX_WIDTH = 8192  # up to here sums of products fit 32 bits
 STEPS = {True: 3, False: 6}  # of a rotation, by whether r is a power of two
+
+
+class Cells(NamedTuple):
+    """Runs of codes whose rows are alike, and one code for each, from which bounds of all its rows follow.
+
+    order: int32 [N // 32 * 32, 2]: of place p the row whose codes lie there, and of row p the place of its codes. bias:
+    float32 [N // 32 * 32], the table's bias in the order of the codes, or None. blocks: uint8, codes of cells as 4-bit
+    codes of rows, the last block filled up. reference: float32 [2], as that of Codes. most: float32 [cells], the
+    largest bias of a cell, or None. rows: of a cell; places behind the last whole cell have none.
+    """
+
+    order: Tensor
+    bias: Tensor | None
+    blocks: Tensor
+    reference: Tensor
+    most: Tensor | None
+    rows: int
+
+    def count(self) -> int:
+        return len(self.order) // self.rows
 
 
 class Codes(NamedTuple):
@@ -19,13 +41,14 @@ class Codes(NamedTuple):
 
     rotation: float32 [steps, p], random signs. reference: float32 [2], of lost and norm: what most rows exceed.
     blocks: uint8 [N // 32, bytes of a block]; the last N % 32 rows have no codes. fine: uint8 [N // 32 * 32, bytes of a
-    row] or None, 8-bit codes for the survivors of 4-bit ones.
+    row] or None, 8-bit codes for the survivors of 4-bit ones. cells: None where codes lie in the order of the rows.
     """
 
     rotation: Tensor
     reference: Tensor
     blocks: Tensor
     fine: Tensor | None = None
+    cells: Cells | None = None
 
 
 def quads(r: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import codes as formats
-from .codes import Codes
+from .codes import Cells, Codes
 from .table_view import ScanOptions, TableView
 
 ROW_SCALE = True  # whether rows may have a scale
@@ -119,6 +119,22 @@ def _codes(codes: Codes | None, r: int) -> tuple[Any, ...] | None:
         fine,
         _rotation(codes, r),
         *codes.reference.tolist(),
+        _cells(codes.cells),
+    )
+
+
+def _cells(cells: Cells | None) -> tuple[Any, ...] | None:
+    if cells is None:
+        return None
+    order, bias, blocks, reference, most, rows = cells
+    return (
+        order.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        rows,
+        cells.count(),
+        blocks.data_ptr(),
+        *reference.tolist(),
+        0 if most is None else most.data_ptr(),
     )
 
 

@@ -181,6 +181,8 @@ def score_topk(
         best_ids = torch.full(shape, -1, dtype=torch.int64, device=device)
         counts = torch.zeros(3, dtype=torch.int64, device=device) if counts is None else counts
         codes = table.codes if dtype == torch.float32 and k else None
+        if codes is not None and codes.cells is not None:
+            codes = None  # rows are met in their own order here
         may_win = None
         if codes is not None and queries.shape[0] and queries.shape[1]:
             bounds = _Bounds(queries, table, codes, options, counts)

@@ -30,17 +30,37 @@ def rotate(rows: Tensor, codes: Codes) -> Tensor:
     factor = torch.tensor(1 / math.sqrt(p), dtype=torch.float32, device=rows.device)
     out = rows.clone()
     for step, signs in enumerate(codes.rotation.to(rows.device)):
-        start = 0 if p == r else step * (r * 618 // 1000) % r
-        at = (torch.arange(p, device=rows.device) + start) % r
+        at = _rotated_at(r, p, step, rows.device)
         x = out[..., at] * (signs * factor)
-        apart = 1
-        while apart < p:
-            pairs = x.unflatten(-1, (-1, 2, apart))
-            first, second = pairs[..., 0, :], pairs[..., 1, :]
-            x = torch.stack([first + second, first - second], -2).flatten(-3)
-            apart *= 2
-        out[..., at] = x
+        out[..., at] = _hadamard(x)
     return out
+
+
+def _hadamard(x: Tensor) -> Tensor:
+    apart = 1
+    while apart < x.shape[-1]:
+        pairs = x.unflatten(-1, (-1, 2, apart))
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        x = torch.stack([first + second, first - second], -2).flatten(-3)
+        apart *= 2
+    return x
+
+
+def unrotate(rows: Tensor, codes: Codes) -> Tensor:
+    """float64 [..., r], what :func:`rotate` makes these rows of."""
+    r, p = rows.shape[-1], codes.rotation.shape[1]
+    factor = float(torch.tensor(1 / math.sqrt(p), dtype=torch.float32))
+    out = rows.double().clone()
+    for step in reversed(range(len(codes.rotation))):
+        at = _rotated_at(r, p, step, rows.device)
+        out[..., at] = _hadamard(out[..., at]) * (codes.rotation[step].double().to(rows.device) / (p * factor))
+    return out
+
+
+def _rotated_at(r: int, p: int, step: int, device: torch.device) -> Tensor:
+    """The elements that a step takes."""
+    start = 0 if p == r else step * (r * 618 // 1000) % r
+    return (torch.arange(p, device=device) + start) % r
 
 
 def _sum(r: int, term: Callable[[slice, Tensor], Tensor], like: Tensor) -> Tensor:
@@ -105,8 +125,8 @@ def encode(rows: Tensor, codes: Codes, bits: int) -> EncodedRows:
     return EncodedRows(
         rounded(w, chosen).where(kept[:, None], 0.0).to(torch.int32),
         scaled.where(kept, 1.0),
-        _half_not_below(lost.where(kept, 0.0)),
-        _half_not_below(norm.where(kept, torch.where(zero, 0.0, torch.inf))),
+        half_not_below(lost.where(kept, 0.0)),
+        half_not_below(norm.where(kept, torch.where(zero, 0.0, torch.inf))),
     )
 
 
@@ -115,13 +135,13 @@ def _sqrt(x: Tensor) -> Tensor:
     return x.double().sqrt().float()
 
 
-def _half_not_below(x: Tensor) -> Tensor:
+def half_not_below(x: Tensor) -> Tensor:
     half = x.half()
     below = half.float() < x
     return (half.view(torch.int16) + below.to(torch.int16)).view(torch.float16)
 
 
-def _rows_of(items: Tensor, row_scale: Tensor | None) -> Tensor:
+def scaled_rows(items: Tensor, row_scale: Tensor | None) -> Tensor:
     rows = items.float()
     if row_scale is None:
         return rows
@@ -153,7 +173,7 @@ def encode_blocks(items: Tensor, row_scale: Tensor | None, codes: Codes) -> None
     for first in range(0, len(codes.blocks), step):
         blocks = codes.blocks[first : first + step]
         part = slice(first * BLOCK, (first + len(blocks)) * BLOCK)
-        rows = _rows_of(items[part], None if row_scale is None else row_scale[part])
+        rows = scaled_rows(items[part], None if row_scale is None else row_scale[part])
         encoded = encode(rows, codes, bits)
         wide = _padded(encoded.codes, bits).view(len(blocks), BLOCK, -1, QUAD).transpose(1, 2)
         if bits == 4:
@@ -176,7 +196,7 @@ def encode_rows(items: Tensor, row_scale: Tensor | None, codes: Codes, rows: Ten
         return
     rows, r = rows[:coded], items.shape[1]
     bits = formats.bits_of(codes, r)
-    values = _rows_of(items[:coded], None if row_scale is None else row_scale[:coded])
+    values = scaled_rows(items[:coded], None if row_scale is None else row_scale[:coded])
     encoded = encode(values, codes, bits)
     blocks, lanes = rows // BLOCK, rows % BLOCK
     wide = _padded(encoded.codes, bits)
@@ -193,7 +213,7 @@ def encode_rows(items: Tensor, row_scale: Tensor | None, codes: Codes, rows: Ten
         side[blocks, lanes] = values
     if codes.fine is not None:
         codes.fine[rows] = _fine(
-            encode(_rows_of(items[:coded], None if row_scale is None else row_scale[:coded]), codes, 8)
+            encode(scaled_rows(items[:coded], None if row_scale is None else row_scale[:coded]), codes, 8)
         )
 
 
@@ -216,6 +236,14 @@ def decode(codes: Codes, r: int, first: int, last: int) -> CodedRows:
         wide = torch.cat([wide & 15, wide >> 4], 2)
     unsigned = wide.transpose(1, 2).reshape(count * BLOCK, -1)[:, :r].double()
     return CodedRows(unsigned - (8 if bits == 4 else 128), *(s.double().flatten() for s in formats.sides(part, r)))
+
+
+def decode_rows(codes: Codes, r: int, rows: Tensor) -> CodedRows:
+    """Of chosen rows, from their blocks."""
+    blocks, which = (rows // BLOCK).unique_consecutive(return_inverse=True)
+    whole = decode(codes._replace(blocks=codes.blocks[blocks]), r, 0, len(blocks))
+    at = which * BLOCK + rows % BLOCK
+    return CodedRows(*(field[at] for field in whole))
 
 
 def decode_fine(codes: Codes, r: int, rows: Tensor) -> CodedRows:

@@ -4,9 +4,9 @@ Registered with ``Library.define`` and ``impl``, which cost a call less than ``c
 in Python costs every call a second crossing of the dispatcher, about as much as a small scan itself; calls that need
 no gradient therefore go to an op without one.
 
-Every op takes a table as ten arguments: items, bias, row_scale, alive (bits of rows not removed), the number of its
-update log, 0 where it has none (urm_kernels.updates), four tensors of codes where it is packed, and the number of what
-remembers what these were made from (urm_kernels.freshness).
+Every op takes a table as sixteen arguments: items, bias, row_scale, alive (bits of rows not removed), the number of its
+update log, 0 where it has none (urm_kernels.updates), what it is packed into (urm_kernels.backends.codes), and the
+number of what remembers what that was made from (urm_kernels.freshness).
 """
 
 from . import library

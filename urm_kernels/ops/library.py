@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import freshness, updates
-from ..backends.codes import Codes
+from ..backends.codes import Cells, Codes
 from ..backends.table_view import TableView
 
 _library = torch.library.Library("urm_kernels", "DEF")
@@ -17,12 +17,18 @@ _library = torch.library.Library("urm_kernels", "DEF")
 # The codes are not a list of tensors, for which torch.vmap has no fallback.
 TABLE = (
     "Tensor items, Tensor? bias, Tensor? row_scale, Tensor? alive, int log, Tensor? code_rotation, "
-    "Tensor? code_reference, Tensor? code_blocks, Tensor? code_fine, int codes_from"
+    "Tensor? code_reference, Tensor? code_blocks, Tensor? code_fine, Tensor? code_order, Tensor? code_bias, "
+    "Tensor? code_cells, Tensor? code_cell_reference, Tensor? code_cell_most, int code_cell_rows, int codes_from"
 )
-TABLE_SIZE = 10  # arguments
+TABLE_SIZE = 16  # arguments
 
 # torch's CPU allocator has no exception of its own.
 _NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
+
+
+def plain_table(items: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    """The table's arguments where there is nothing but items."""
+    return (items, bias, None, None, 0, *[None] * 9, 0, 0)
 
 
 def register(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -87,17 +93,31 @@ class reading:
         reference: Tensor | None,
         blocks: Tensor | None,
         fine: Tensor | None,
+        order: Tensor | None,
+        code_bias: Tensor | None,
+        cells: Tensor | None,
+        cell_reference: Tensor | None,
+        cell_most: Tensor | None,
+        cell_rows: int,
         codes_from: int,
     ) -> None:
         codes = None
         if rotation is not None and reference is not None and blocks is not None:
             codes = Codes(rotation, reference, blocks, fine)
+            if order is not None and cells is not None and cell_reference is not None:
+                codes = codes._replace(cells=Cells(order, code_bias, cells, cell_reference, cell_most, cell_rows))
         self._table = TableView(items, bias, row_scale, alive, None, codes)
         self._log = updates.find(log) if log else None
         self._codes_from = freshness.find(codes_from) if codes_from else None
 
+    def _sources(self) -> tuple[Tensor | None, ...]:
+        """What the codes were made from."""
+        codes, bias = self._table.codes, self._table.bias
+        copied = codes is not None and codes.cells is not None and codes.cells.bias is not None
+        return self._table.items, self._table.row_scale, bias if copied else None
+
     def __enter__(self) -> TableView:
-        if self._codes_from is not None and not self._codes_from.fresh(self._table.items, self._table.row_scale):
+        if self._codes_from is not None and not self._codes_from.fresh(*self._sources()):
             raise RuntimeError("items: factors changed since pack(): call refresh()")
         if self._log is None:
             return self._table

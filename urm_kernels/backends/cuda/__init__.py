@@ -50,7 +50,9 @@ def declines(queries: Tensor, table: TableView) -> str | None:
         return "the table has no codes"
     if table.overlay is not None:
         return "rows of the table are being replaced"
-    _, reference, blocks, fine = table.codes
+    _, reference, blocks, fine, cells = table.codes
+    if cells is not None:
+        return "the table is packed in blocks, which this backend does not know"
     if any(part is not None and part.data_ptr() % 16 for part in (reference, blocks, fine)):
         return "the codes do not lie at multiples of 16 bytes"
     return None
