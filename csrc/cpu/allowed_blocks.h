@@ -19,6 +19,9 @@ class AllowedBlocks {
   AllowedBlocks(const Filter& filter, const Codes& codes, int64_t rows, int64_t first_user, int64_t last_user,
                 int threads);
 
+  // False where all hold one, as far as is known.
+  bool some() const { return filter_; }
+
   // Of blocks first, first + step, ..., `count` of them: the set of those that may hold such a row.
   uint32_t among(int64_t user, int64_t first, int64_t step, int64_t count) const;
 

@@ -11,28 +11,67 @@
 namespace urm {
 
 // Bounds of all cells for the group's users, if the table has cells and these rule out enough, which a sample of them
-// decides. They are in group.cell_bounds then, and the most promising cells have been scanned: their rows are in
-// `results`, and their bounds say that nothing is left to do.
+// decides. They are in group.cell_bounds then, and thresholds, which the best rows of the most promising cells reach, in
+// `results`.
 void use_cells(const TopKRequest& request, Group& group, std::vector<Workspace>& work, TopKResults& results);
 
 // Upper bounds of every cell's rows, [cells][users].
 AlignedVector<float> bounds_of_cells(Group& group, std::vector<Workspace>& work);
 
-// Scans a cell's blocks by their codes, for users whose bound reaches their threshold; blocks with a row that has been
-// replaced are left out. `next` is the cell that will be asked then, -1 where that is not known. Returns how many pairs
-// survived.
+// One thread's scan of the blocks of cells, for the users whose bound reaches their threshold.
 template <class Results>
-int64_t scan_cell(const Group& group, CodeScanner<Results>& scanner, int64_t cell, const float* bounds, int64_t next) {
-  const int64_t blocks = group.request.codes.cells.rows / kBlockRows, first = cell * blocks, end = first + blocks;
-  int64_t survived = 0;
-  for (int64_t block = first; block < end;) {
-    const int64_t replaced = std::min(end, group.next_replaced(block * kBlockRows) / kBlockRows);
-    const int64_t stop = std::min(replaced, block + kStretchBlocks);
-    const int64_t then = stop < end ? stop : next < 0 ? group.request.codes.count : next * blocks;
-    if (block < stop) survived += scanner.scan_cell(block, stop - block, bounds, then);
-    block = stop < replaced ? stop : replaced + (replaced < end);
+class CellScanner {
+ public:
+  CellScanner(const Group& group, CodeScanner<Results>& scanner, Results& results, int slot)
+      : group_(group), scanner_(scanner), results_(results), slot_(slot), wanted_(group.users), next_(group.users) {}
+
+  // Blocks [begin, end). bounds(cell) are those of its users.
+  template <class Bounds>
+  void scan(int64_t begin, int64_t end, Bounds bounds) {
+    uint32_t some = want(begin, end, bounds, wanted_.data());
+    for (int64_t block = begin; block < end; block += kStretchBlocks) {
+      const int64_t next = block + kStretchBlocks;
+      const uint32_t then = next < end ? want(next, end, bounds, next_.data()) : 0;
+      if (some) scanner_.scan_wanted(block, std::min(kStretchBlocks, end - block), wanted_.data(), run_of(next, then));
+      wanted_.swap(next_);
+      some = then;
+    }
   }
-  return survived;
-}
+
+ private:
+  // Of a stretch, each user's blocks, and all of them. Blocks with a row that has been replaced are left out.
+  template <class Bounds>
+  uint32_t want(int64_t first, int64_t end, Bounds bounds, uint32_t* wanted) {
+    const int64_t of_cell = group_.request.codes.cells.rows / kBlockRows;
+    const int64_t stop = std::min(end, first + kStretchBlocks);
+    uint32_t some = 0, untouched = ~uint32_t{0};
+    for (int64_t place = group_.next_replaced(first * kBlockRows); place < stop * kBlockRows;
+         place = group_.next_replaced((place / kBlockRows + 1) * kBlockRows))
+      untouched &= ~(1u << (place / kBlockRows - first));
+    std::fill(wanted, wanted + group_.users, 0u);
+    for (int64_t block = first; block < stop;) {
+      const int64_t cell = block / of_cell, last = std::min(stop, (cell + 1) * of_cell);
+      const uint32_t blocks = ((1u << (last - block)) - 1) << (block - first) & untouched;
+      const float* of_users = bounds(cell);
+      for (int64_t user = 0; user < group_.users; ++user)
+        if (reaches(of_users[user], results_.threshold(slot_, user))) wanted[user] |= blocks, some |= blocks;
+      block = last;
+    }
+    return some;
+  }
+
+  // The first run of some blocks, as memory.
+  Ahead run_of(int64_t first, uint32_t some) const {
+    if (!some) return {nullptr, 0};
+    const int from = __builtin_ctz(some), run = __builtin_ctz(~(some >> from));
+    return scanner_.memory_of(first + from, run);
+  }
+
+  const Group& group_;
+  CodeScanner<Results>& scanner_;
+  Results& results_;
+  const int slot_;
+  AlignedVector<uint32_t> wanted_, next_;
+};
 
 }  // namespace urm

@@ -24,7 +24,7 @@ int64_t CodeScanner<Results>::scan(int64_t first_block, int64_t blocks) {
   Ahead ahead{codes_.blocks + next * bytes, more * bytes / kCacheLine};
   int64_t survived = 0;
   for (int64_t user = 0; user < group_.users; ++user) {
-    survived += scan_user(user, first_block, blocks, bias, ahead);
+    survived += scan_user(user, first_block, blocks, ~uint32_t{0}, bias, ahead);
     ahead = {nullptr, 0};
   }
   counts_.bytes += blocks * bytes;
@@ -33,17 +33,17 @@ int64_t CodeScanner<Results>::scan(int64_t first_block, int64_t blocks) {
 }
 
 template <class Results>
-int64_t CodeScanner<Results>::scan_cell(int64_t first_block, int64_t blocks, const float* bounds, int64_t next) {
-  const int64_t bytes = block_bytes(r_, codes_.bits);
+int64_t CodeScanner<Results>::scan_wanted(int64_t first_block, int64_t blocks, const uint32_t* wanted, Ahead ahead) {
   const float* bias = request_.bias.data ? bias_of_blocks(first_block, blocks) : nullptr;
-  Ahead ahead{codes_.blocks + next * bytes, next < codes_.count ? blocks * bytes / kCacheLine : 0};
   int64_t survived = 0;
+  uint32_t read = 0;
   for (int64_t user = 0; user < group_.users; ++user) {
-    if (!reaches(bounds[user], results_.threshold(slot_, user))) continue;
-    survived += scan_user(user, first_block, blocks, bias, ahead);
+    if (!wanted[user]) continue;
+    survived += scan_user(user, first_block, blocks, wanted[user], bias, ahead);
     ahead = {nullptr, 0};
+    read |= wanted[user];
   }
-  counts_.bytes += blocks * bytes;
+  counts_.bytes += __builtin_popcount(read) * block_bytes(r_, codes_.bits);
   settle(survived);
   return survived;
 }
@@ -57,12 +57,11 @@ void CodeScanner<Results>::settle(int64_t survived) {
 
 // Blocks without a row that the user may be given are not read.
 template <class Results>
-int64_t CodeScanner<Results>::scan_user(int64_t user, int64_t first_block, int64_t blocks, const float* bias,
-                                          Ahead ahead) {
+int64_t CodeScanner<Results>::scan_user(int64_t user, int64_t first_block, int64_t blocks, uint32_t wanted,
+                                          const float* bias, Ahead ahead) {
   if (group_.packed.start[user + 1] == group_.packed.start[user]) return 0;
-  const uint32_t all = group_.blocks.among(user, first_block * step_, step_, blocks);
   int64_t survived = 0;
-  for (uint32_t some = all; some;) {
+  for (uint32_t some = wanted & group_.blocks.among(user, first_block * step_, step_, blocks); some;) {
     const int from = __builtin_ctz(some), run = __builtin_ctz(~(some >> from));
     some &= ~(((1u << run) - 1) << from);
     const int64_t first = first_block + from;
@@ -81,6 +80,29 @@ int64_t CodeScanner<Results>::scan_user(int64_t user, int64_t first_block, int64
       }
   }
   return survived;
+}
+
+template <class Results>
+void CodeScanner<Results>::take_bounds(int64_t user, int64_t first_block, int64_t blocks, Ahead ahead) {
+  float bounds[kStretchBlocks * kBlockRows];
+  uint32_t survivors[kStretchBlocks];
+  const float* bias = request_.bias.data ? bias_of_blocks(first_block, blocks) : nullptr;
+  sum_blocks(user, first_block, blocks, ahead);
+  prune(user, first_block, blocks, bias, bounds, survivors);
+  counts_.bytes += blocks * block_bytes(r_, codes_.bits);
+  for (int64_t b = 0; b < blocks; ++b)
+    for (uint32_t left = survivors[b]; left; left &= left - 1) {
+      const int64_t i = b * kBlockRows + __builtin_ctz(left), place = first_block * kBlockRows + i;
+      if (!request_.filter.allows(group_.first_user + user, group_.row_at(place))) continue;
+      const float bound = bounds[i] == bounds[i] ? bounds[i] : std::numeric_limits<float>::infinity();
+      results_.take_one(slot_, user, place, bound);
+    }
+}
+
+template <class Results>
+Ahead CodeScanner<Results>::memory_of(int64_t first_block, int64_t blocks) const {
+  const int64_t bytes = block_bytes(r_, codes_.bits);
+  return {codes_.blocks + first_block * bytes, blocks * bytes / kCacheLine};
 }
 
 template <class Results>
@@ -127,6 +149,7 @@ void CodeScanner<Results>::bounds_of_block(int64_t user, int64_t block, float* b
 template <class Results>
 void CodeScanner<Results>::finish() {
   rescore(work_.waiting);
+  rescore(work_.survivors);
 }
 
 // Of a survivor, the groups of queries whose own largest sum still reaches the threshold. The bound stands for the

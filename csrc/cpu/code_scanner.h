@@ -35,8 +35,16 @@ class CodeScanner {
   // while their rows are fetched, until the next call.
   int64_t scan(int64_t first_block, int64_t blocks);
 
-  // The same for those users whose bound of all of the blocks' rows reaches their threshold; `next` will be asked then.
-  int64_t scan_cell(int64_t first_block, int64_t blocks, const float* bounds, int64_t next);
+  // The same of those blocks (bit b: first_block + b) that each user wants; `ahead` will be wanted next.
+  int64_t scan_wanted(int64_t first_block, int64_t blocks, const uint32_t* wanted, Ahead ahead);
+
+  // Hands the results bounds in place of scores, and places in place of rows; nothing is scored.
+  void take_bounds(int64_t user, int64_t first_block, int64_t blocks, Ahead ahead);
+
+  Ahead memory_of(int64_t first_block, int64_t blocks) const;
+
+  // A pair that is to be scored, with the others that wait.
+  void keep(const Survivor& survivor);
 
   // Scores the pairs that still wait.
   void finish();
@@ -53,7 +61,7 @@ class CodeScanner {
     int64_t place, user, count;
   };
 
-  int64_t scan_user(int64_t user, int64_t first_block, int64_t blocks, const float* bias, Ahead ahead);
+  int64_t scan_user(int64_t user, int64_t first_block, int64_t blocks, uint32_t wanted, const float* bias, Ahead ahead);
   void settle(int64_t survived);
 
   void sum_blocks(int64_t user, int64_t first_block, int64_t blocks, Ahead ahead);
@@ -61,7 +69,6 @@ class CodeScanner {
   const float* bias_of_blocks(int64_t first_block, int64_t blocks);
   int64_t groups_of(int64_t user) const;
   uint64_t groups_that_reach(int64_t user, int64_t place, int64_t i, int64_t rows, float bound) const;
-  void keep(const Survivor& survivor);
   void rescore(AlignedVector<Survivor>& pairs);
   int64_t choose(const Survivor& pair, int32_t* chosen);
   CodedRow coded_row(int64_t place);

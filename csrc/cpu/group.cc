@@ -83,6 +83,11 @@ Group::Group(const ScanRequest& request, int64_t first, int64_t last, int64_t pa
   if (coded) chunk_step = scattering_step(chunks);
 }
 
+int Group::threads_for(double multiply_adds) const {
+  if (request.all_threads) return threads;
+  return static_cast<int>(std::clamp<double>(multiply_adds / (kCodedSpeed * kWorkPerThread), 1, threads));
+}
+
 int64_t Group::next_replaced(int64_t place) const {
   const auto next = std::lower_bound(replaced.begin(), replaced.end(), place);
   return next == replaced.end() ? request.items.rows : *next;

@@ -68,6 +68,9 @@ struct Group {
     return permuted && row < request.codes.rows() ? request.codes.place_of(row) : row;
   }
 
+  // Threads that pay for so many multiply-adds of codes, of those of the group.
+  int threads_for(double multiply_adds) const;
+
   // The first place from `place` on whose row has been replaced; behind all rows where there is none.
   int64_t next_replaced(int64_t place) const;
 

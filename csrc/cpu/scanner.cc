@@ -94,16 +94,9 @@ void Scanner<Results>::scan_cells(int64_t begin, int64_t end) {
     row = row / kBlockRows * kBlockRows;
     scan_rows(row, row + kBlockRows), row += kBlockRows;
   }
-  const auto next_wanted = [&](int64_t cell) {
-    for (; cell < end; ++cell)
-      for (int64_t user = 0; user < group_.users; ++user)
-        if (reaches(group_.cell_bounds[cell * group_.users + user], results_.threshold(slot_, user))) return cell;
-    return int64_t{-1};
-  };
-  for (int64_t cell = next_wanted(begin), next; cell >= 0; cell = next) {
-    next = next_wanted(cell + 1);
-    scan_cell(group_, codes_, cell, group_.cell_bounds.data() + cell * group_.users, next);
-  }
+  CellScanner<Results>(group_, codes_, results_, slot_)
+      .scan(begin * rows / kBlockRows, end * rows / kBlockRows,
+            [&](int64_t cell) { return group_.cell_bounds.data() + cell * group_.users; });
 }
 
 // By themselves: bounded first where that is wanted, and pays.
