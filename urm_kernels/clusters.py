@@ -17,13 +17,13 @@ from torch import Tensor
 from . import ops
 from .backends.table_view import gather_rows
 
-ROWS_OF_CLUSTER = 512  # on average
-_SAMPLED = 32  # rows a centre, in training
+ROWS_OF_CLUSTER = 256  # on average
+_SAMPLED = 16  # rows a centre, in training
 _MOST_SAMPLED = 1 << 23
-_PASSES = 8  # over the sample, after seeding
+_PASSES = 6  # over the sample, after seeding
 _MOVING_PASSES = 5  # in which centres move far
 _MOVED = 10  # one of so many centres in each
-_FIRST_SEEDS = 16  # one of so many centres; these double until they are enough
+_FIRST_SEEDS = 4  # one of so many centres; these double until they are enough
 _ALL_COMPARED = 8192  # centres; more are grouped, and a row is compared with those of the nearest groups
 _GROUPS_ASKED = 4
 _ROWS_AT_ONCE = 1 << 18

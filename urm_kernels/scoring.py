@@ -37,11 +37,14 @@ class ScanStats(NamedTuple):
         bytes_read: int64 scalar, of codes and rows.
         survivors: int64 [2]: (user, item) pairs that the first bounds of a packed table could not rule out, and pairs
             that were scored exactly, which without codes are all or, where rows are bounded on their way, few.
+        blocks: int64 [2]: (user, block) pairs whose bounds were asked, of a table packed in blocks, and those that were not
+            read for it; zeros where blocks were no use. Where ever fewer are left out, pack the table anew.
         proven: bool [B], whether the user's result is certainly exact.
     """
 
     bytes_read: Tensor
     survivors: Tensor
+    blocks: Tensor
     proven: Tensor
 
 
@@ -116,7 +119,7 @@ def score_topk(
     if not return_stats:
         return TopK(scores, ids)
     proven = torch.ones(users, dtype=torch.bool, device=ids.device)
-    return TopK(scores, ids), ScanStats(counts[0][0], counts[0][1:], proven)  # type: ignore[return-value]  # as asked
+    return TopK(scores, ids), ScanStats(counts[0][0], counts[0][1:3], counts[0][3:], proven)  # type: ignore[return-value]  # as asked
 
 
 def score_candidates(

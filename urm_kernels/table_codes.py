@@ -218,6 +218,8 @@ class PackableTable(nn.Module):
                 return encoder(items).encode_rows(items, row_scale, codes, rows)
             coded = rows < len(codes.cells.order)
             places, at = codes.cells.order[rows[coded], 1].long().sort()
+            if len(places) and not 0 <= int(places[0]) <= int(places[-1]) < len(codes.cells.order):
+                raise RuntimeError("the order of the codes is none of the table's rows (a damaged file?): call pack()")
             at = coded.nonzero().flatten()[at]
             items, row_scale = gather_rows(items, at), None if row_scale is None else row_scale[at]
             encoder(items).encode_rows(items, row_scale, codes, places)

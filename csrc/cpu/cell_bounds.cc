@@ -16,8 +16,12 @@ constexpr double kMostLeft = 0.9;         // of the pairs (user, cell): more, an
 constexpr int64_t kRoom = 2;              // for as many as are wanted: these are cut back less often
 constexpr double kPassCost = 4;           // of sums of codes that lie apart
 constexpr double kPairCost = 64;          // of scoring a pair by itself, in sums of its codes
-constexpr int64_t kMoreCells = 32;        // scanned first, beside those that k rows fill
-constexpr int64_t kCellsFor = 40;           // as many as k rows fill: not all rows of a promising cell are good
+// Cells scanned first: so many beside those that k rows fill, of which as many: not all rows of a promising cell are
+// good. And no more than one of so many, or a few, in a small table.
+constexpr int64_t kMoreCells = 128;
+constexpr int64_t kCellsFor = 40;
+constexpr int64_t kCellsOfOne = 32;
+constexpr int64_t kFewestCells = 16;
 
 // Of sums for so many rows.
 double multiply_adds(const Group& group, int64_t rows) {
@@ -57,7 +61,8 @@ class CellBounder {
 
   // Cells whose best rows are likely to be about the k best of all.
   int64_t most_promising(int64_t k) const {
-    return std::min(cells(), kCellsFor * ((k + cells_.rows - 1) / cells_.rows) + kMoreCells);
+    const int64_t filled = (k + cells_.rows - 1) / cells_.rows;
+    return std::min({cells(), kCellsFor * filled + kMoreCells, filled + std::max(cells() / kCellsOfOne, kFewestCells)});
   }
 
   // bounds [cells()][users]; best: the cells of the largest, by their place among these.

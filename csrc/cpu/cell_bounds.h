@@ -25,6 +25,8 @@ class CellScanner {
   CellScanner(const Group& group, CodeScanner<Results>& scanner, Results& results, int slot)
       : group_(group), scanner_(scanner), results_(results), slot_(slot), wanted_(group.users), next_(group.users) {}
 
+  const ScanCounts& counts() const { return counts_; }
+
   // Blocks [begin, end). bounds(cell) are those of its users.
   template <class Bounds>
   void scan(int64_t begin, int64_t end, Bounds bounds) {
@@ -53,8 +55,10 @@ class CellScanner {
       const int64_t cell = block / of_cell, last = std::min(stop, (cell + 1) * of_cell);
       const uint32_t blocks = ((1u << (last - block)) - 1) << (block - first) & untouched;
       const float* of_users = bounds(cell);
+      int64_t wants = 0;
       for (int64_t user = 0; user < group_.users; ++user)
-        if (reaches(of_users[user], results_.threshold(slot_, user))) wanted[user] |= blocks, some |= blocks;
+        if (reaches(of_users[user], results_.threshold(slot_, user))) wanted[user] |= blocks, some |= blocks, ++wants;
+      if (block % of_cell == 0) counts_.cells += group_.users, counts_.left_out += group_.users - wants;
       block = last;
     }
     return some;
@@ -72,6 +76,7 @@ class CellScanner {
   Results& results_;
   const int slot_;
   AlignedVector<uint32_t> wanted_, next_;
+  ScanCounts counts_;
 };
 
 }  // namespace urm

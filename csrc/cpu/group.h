@@ -53,7 +53,7 @@ struct Group {
   int64_t chunk_step = 1;  // a chunk follows that many behind the one before, around the end
   std::atomic<int64_t> next_chunk{0}, done_chunks{0};
   std::atomic<bool> stop{false};
-  std::atomic<int64_t> bytes{0}, survivors{0}, scored{0};  // see ScanCounts
+  std::atomic<int64_t> bytes{0}, survivors{0}, scored{0}, cells{0}, left_out{0};  // see ScanCounts
 
   // Users [first, last).
   Group(const ScanRequest& request, int64_t first, int64_t last, int64_t padded);
@@ -81,6 +81,8 @@ struct Group {
     bytes.fetch_add(counts.bytes, std::memory_order_relaxed);
     survivors.fetch_add(counts.survivors, std::memory_order_relaxed);
     scored.fetch_add(counts.scored, std::memory_order_relaxed);
+    cells.fetch_add(counts.cells, std::memory_order_relaxed);
+    left_out.fetch_add(counts.left_out, std::memory_order_relaxed);
   }
 
   // The first row of the turn-th chunk, -1 behind the last.

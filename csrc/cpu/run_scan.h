@@ -25,6 +25,8 @@ bool run_scan(Group& group, std::vector<Workspace>& work, Results& results) {
     counts->bytes += group.bytes.load();
     counts->survivors += group.survivors.load();
     counts->scored += group.scored.load();
+    counts->cells += group.cells.load();
+    counts->left_out += group.left_out.load();
   }
   return !group.stop.load();
 }

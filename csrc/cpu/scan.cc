@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <new>
+#include <vector>
 
 #include "cell_bounds.h"
 #include "float_environment.h"
@@ -13,6 +15,9 @@ namespace urm {
 namespace {
 
 constexpr int64_t kGroupBufferBytes = 64 << 20;  // running top-k buffers of a group, and its bounds of cells
+
+constexpr int64_t kFewRows = 1 << 16;    // no more rows than all threads can keep in their caches
+constexpr int64_t kGroupsOfThread = 2;  // fewer, and some thread has nothing to do at the end
 
 // A user's keys, cut to k and written out. Returns whether these are certainly the k best: none was missed that reaches
 // the floor, and k do.
@@ -58,6 +63,33 @@ bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t
   return true;
 }
 
+// Many users of few rows: each thread scans the table for groups of its own.
+template <class Scan>
+bool scan_apart(const TopKRequest& request, int64_t groups, Scan scan) {
+  std::vector<TopKRequest> parts(request.threads, request);
+  std::vector<ScanCounts> counts(request.threads);
+  for (int slot = 0; slot < request.threads; ++slot) {
+    parts[slot].threads = 1;
+    if (request.counts) parts[slot].counts = &counts[slot];
+    if (slot) parts[slot].interrupted = nullptr;  // asked on the calling thread alone
+  }
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> stop{false}, no_memory{false};
+  run_parallel(request.threads, [&](int slot) {
+    const DefaultFloatEnvironment environment;
+    try {
+      for (int64_t group; !stop.load(std::memory_order_relaxed) && (group = next.fetch_add(1)) < groups;)
+        if (!scan(parts[slot], group)) stop.store(true, std::memory_order_relaxed);
+    } catch (const std::bad_alloc&) {
+      no_memory = stop = true;
+    }
+  });
+  if (no_memory.load()) throw std::bad_alloc();
+  for (const ScanCounts& count : counts)
+    if (request.counts) *request.counts += count;
+  return !stop.load();
+}
+
 }  // namespace
 
 bool scan_topk(const TopKRequest& request) {
@@ -68,8 +100,14 @@ bool scan_topk(const TopKRequest& request) {
   const int64_t cells = request.codes.cells.count * static_cast<int64_t>(sizeof(float));
   const int64_t by_memory = kGroupBufferBytes / std::max(8 * capacity, cells);
   const int64_t users = std::max<int64_t>(1, std::min(users_of_group(queries), by_memory));
-  for (int64_t first = 0; first < queries.users; first += users)
-    if (!scan_group(request, first, std::min(queries.users, first + users), padded, true)) return false;
+  const int64_t groups = (queries.users + users - 1) / users;
+  const auto scan = [&](const TopKRequest& part, int64_t group) {
+    return scan_group(part, group * users, std::min(queries.users, (group + 1) * users), padded, true);
+  };
+  if (request.threads > 1 && groups > kGroupsOfThread * request.threads && request.items.rows <= kFewRows)
+    return scan_apart(request, groups, scan);
+  for (int64_t group = 0; group < groups; ++group)
+    if (!scan(request, group)) return false;
   return true;
 }
 

@@ -22,6 +22,14 @@ struct ScanCounts {
   int64_t bytes = 0;      // read of codes and rows
   int64_t survivors = 0;  // (user, row) pairs that a bound from codes could not rule out
   int64_t scored = 0;     // pairs scored exactly
+  int64_t cells = 0;      // (user, cell) pairs whose bounds were asked
+  int64_t left_out = 0;   // and those of them that were not read
+
+  ScanCounts& operator+=(const ScanCounts& more) {
+    bytes += more.bytes, survivors += more.survivors, scored += more.scored;
+    cells += more.cells, left_out += more.left_out;
+    return *this;
+  }
 };
 
 // What every scan is asked.

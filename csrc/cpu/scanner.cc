@@ -94,9 +94,10 @@ void Scanner<Results>::scan_cells(int64_t begin, int64_t end) {
     row = row / kBlockRows * kBlockRows;
     scan_rows(row, row + kBlockRows), row += kBlockRows;
   }
-  CellScanner<Results>(group_, codes_, results_, slot_)
-      .scan(begin * rows / kBlockRows, end * rows / kBlockRows,
-            [&](int64_t cell) { return group_.cell_bounds.data() + cell * group_.users; });
+  CellScanner<Results> scanner(group_, codes_, results_, slot_);
+  scanner.scan(begin * rows / kBlockRows, end * rows / kBlockRows,
+               [&](int64_t cell) { return group_.cell_bounds.data() + cell * group_.users; });
+  group_.count(scanner.counts());
 }
 
 // By themselves: bounded first where that is wanted, and pays.

@@ -18,6 +18,7 @@ class TopKResults {
   TopKResults(const Group& group, int64_t k, int64_t capacity)
       : group_(group),
         k_(k),
+        fresh_limit_(2 * k <= kFresh ? std::max<int64_t>(2 * k, kFewestFresh) : kFresh),
         of_chunk_(group.threads * group.chunks),
         keys_(group.users * capacity),
         fresh_keys_(group.threads * group.users * kFresh),
@@ -92,6 +93,7 @@ class TopKResults {
 
  private:
   static constexpr int64_t kFresh = 64;  // keys that a thread keeps to itself
+  static constexpr int64_t kFewestFresh = 8;
 
   struct Fresh {
     uint64_t* keys = nullptr;
@@ -129,7 +131,16 @@ class TopKResults {
   void push(int slot, int64_t user, uint64_t key) {
     Fresh& fresh = this->fresh(slot, user);
     fresh.keys[fresh.size++] = key;
-    if (fresh.size == kFresh) merge(slot, user);
+    if (fresh.size < fresh_limit_) return;
+    if (fresh_limit_ < kFresh) cut(fresh);
+    else merge(slot, user);
+  }
+
+  // Of few results, a thread's own k best are a floor for it, long before all that it would hand over are found.
+  void cut(Fresh& fresh) {
+    std::nth_element(fresh.keys, fresh.keys + (k_ - 1), fresh.keys + fresh.size, std::greater<uint64_t>());
+    fresh.size = k_;
+    fresh.raise(fresh.keys[k_ - 1]);
   }
 
   void merge(int slot, int64_t user) {
@@ -143,7 +154,7 @@ class TopKResults {
   }
 
   const Group& group_;
-  const int64_t k_;
+  const int64_t k_, fresh_limit_;
   AlignedVector<int32_t> of_chunk_;  // [threads, chunks]
   AlignedVector<uint64_t> keys_, fresh_keys_;
   std::vector<Best> best_;      // [users]

@@ -64,7 +64,7 @@ def threads() -> int:
 def score_topk(
     queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool, counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See urm_kernels.score_topk; queries are float32 [B, M, r]. What the scan did is added to counts, int64 [3]."""
+    """See urm_kernels.score_topk; queries are float32 [B, M, r]. What the scan did is added to counts, int64 [5]."""
     users = queries.shape[0]
     scores, ids = torch.empty((users, k)), torch.empty((users, k), dtype=torch.int64)
     arguments, _held = _scan(queries, table, options)

@@ -173,13 +173,13 @@ def score_topk(
     queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool, counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See urm_kernels.score_topk; chunks of rows are scored and merged into the best k so far. What the scan did is
-    added to counts, int64 [3]."""
+    added to counts, int64 [5]."""
     with default_float_mode(queries.device):
         shape, device = (queries.shape[0], k), queries.device
         dtype = _compute_dtype(queries, table.items)
         best_scores = torch.full(shape, -torch.inf, dtype=dtype, device=device)
         best_ids = torch.full(shape, -1, dtype=torch.int64, device=device)
-        counts = torch.zeros(3, dtype=torch.int64, device=device) if counts is None else counts
+        counts = torch.zeros(5, dtype=torch.int64, device=device) if counts is None else counts
         codes = table.codes if dtype == torch.float32 and k else None
         if codes is not None and codes.cells is not None:
             codes = None  # rows are met in their own order here

@@ -42,7 +42,7 @@ def _found(
 
 
 def _counted(queries: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    counts = torch.zeros(3, dtype=torch.int64, device=queries.device)
+    counts = torch.zeros(5, dtype=torch.int64, device=queries.device)
     return *_found(queries, *arguments, counts=counts), counts
 
 
@@ -53,7 +53,7 @@ def _found_fake(queries, items, *arguments):
 
 
 def _counted_fake(queries, *arguments):
-    return *_found_fake(queries, *arguments), queries.new_empty(3, dtype=torch.int64)
+    return *_found_fake(queries, *arguments), queries.new_empty(5, dtype=torch.int64)
 
 
 def _backward_of_rows(
@@ -126,7 +126,7 @@ library.differentiable("score_rows_backward", library.no_second_derivative)
 def score_topk(
     queries: Tensor, items: Tensor, bias: Tensor | None, row_scale, alive, log: int, *options, counted: bool = False
 ):
-    """The op that the call needs; arguments as in the schema. ``counted`` adds what the scan did, int64 [3]."""
+    """The op that the call needs; arguments as in the schema. ``counted`` adds what the scan did, int64 [5]."""
     with_grad, no_grad = _with_counts if counted else _plain
     if not library.needs_grad(queries, items, bias):
         return no_grad(queries, items, bias, row_scale, alive, log, *options)

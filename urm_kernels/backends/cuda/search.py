@@ -50,7 +50,7 @@ def search(
     card: Card,
     counts: Tensor | None = None,
 ) -> Found:
-    """See urm_kernels.score_topk; what it took is added to counts, int64 [3]."""
+    """See urm_kernels.score_topk; what it took is added to counts, int64 [5]."""
     users, rows, device = queries.shape[0], table.items.shape[0], queries.device
     scores = torch.empty((users, k), dtype=torch.float32, device=device)
     ids = torch.empty((users, k), dtype=torch.int64, device=device)

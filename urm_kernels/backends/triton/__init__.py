@@ -86,7 +86,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
 def score_topk(
     queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool, counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See urm_kernels.score_topk; queries are float32 [B, M, r]. What the scan did is added to counts, int64 [3]."""
+    """See urm_kernels.score_topk; queries are float32 [B, M, r]. What the scan did is added to counts, int64 [5]."""
     device = queries.device
     with _on(device):
         found = _kernels("search").search(queries, table.settled(), options, k, sorted, card(device), counts)

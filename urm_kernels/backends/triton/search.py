@@ -45,7 +45,7 @@ def search(
     card: Card,
     counts: Tensor | None = None,
 ) -> Found:
-    """See urm_kernels.score_topk; what it took is added to counts, int64 [3]."""
+    """See urm_kernels.score_topk; what it took is added to counts, int64 [5]."""
     users, rows = queries.shape[0], table.items.shape[0]
     scores = queries.new_empty((users, k), dtype=torch.float32)
     ids = queries.new_empty((users, k), dtype=torch.int64)

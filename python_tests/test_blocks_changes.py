@@ -1,0 +1,209 @@
+"""Tables packed in blocks while they change: cells follow their rows, for every reader."""
+
+import threading
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from support import CODES, assert_same_bits
+from test_packed import generator, plain
+
+from urm_kernels import ItemTable, score_topk
+from urm_kernels.testing import forced, make_items, make_queries
+
+R = 12
+SEEDS = st.integers(0, 2**20)
+
+
+class Changes(RuleBasedStateMachine):
+    """Whatever happens to a table, a search finds what a plain scan of the same rows finds, also while a reader that
+    began before holds an update back."""
+
+    @initialize(rows=st.integers(0, 700), seed=SEEDS, kinds=st.sampled_from(CODES), biased=st.booleans())
+    def begin(self, rows, seed, kinds, biased):
+        self.items = make_items("clustered", max(rows, 1), R, seed)[:rows]
+        self.bias = torch.randn(rows, generator=generator(seed)) if biased else None
+        self.alive = torch.ones(rows, dtype=torch.bool)
+        bias = None if self.bias is None else self.bias.clone()
+        self.table = ItemTable(self.items.clone(), bias=bias).pack(kinds, blocks=32)
+        self.pins = []
+
+    def teardown(self):
+        while getattr(self, "pins", None):
+            self.reader_ends()
+
+    def rows_of(self, seed, most):
+        there = self.alive.nonzero().flatten()
+        return there[torch.randperm(len(there), generator=generator(seed))[:most]]
+
+    def new_rows(self, count, seed, size):
+        return size * torch.randn(count, R, generator=generator(seed))
+
+    @rule(seed=SEEDS, count=st.integers(1, 60), size=st.sampled_from([1e-30, 0.0, 1.0, 30.0, 1e30, float("nan")]))
+    def update(self, seed, count, size):
+        rows = self.rows_of(seed, count)
+        factors = self.new_rows(len(rows), seed, size)
+        bias = None if self.bias is None else 5 * torch.randn(len(rows), generator=generator(seed + 1))
+        self.table.update(rows, factors, bias=bias)
+        self.items[rows] = factors
+        if bias is not None:
+            self.bias[rows] = bias
+
+    @precondition(lambda self: not self.pins)
+    @rule(seed=SEEDS, count=st.integers(1, 150), size=st.sampled_from([0.1, 1.0, 10.0]))
+    def append(self, seed, count, size):
+        factors = self.new_rows(count, seed, size)
+        bias = None if self.bias is None else torch.randn(count, generator=generator(seed))
+        rows = self.table.append(factors, bias=bias)
+        assert torch.equal(rows, torch.arange(len(self.items), len(self.items) + count))
+        self.items = torch.cat([self.items, factors])
+        self.alive = torch.cat([self.alive, torch.ones(count, dtype=torch.bool)])
+        if bias is not None:
+            self.bias = torch.cat([self.bias, bias])
+
+    @rule(seed=SEEDS, count=st.integers(1, 100))
+    def remove(self, seed, count):
+        rows = self.rows_of(seed, count)
+        self.table.remove(rows)
+        self.alive[rows] = False
+
+    @precondition(lambda self: not self.pins)
+    @rule()
+    def compact(self):
+        self.table.compact()
+        self.items, self.bias = self.items[self.alive], None if self.bias is None else self.bias[self.alive]
+        self.alive = torch.ones(len(self.items), dtype=torch.bool)
+
+    @precondition(lambda self: not self.pins)
+    @rule(how=st.sampled_from(["refresh", "clone", "pack", "edit"]))
+    def make_anew(self, how):
+        if how == "refresh":
+            self.table.refresh()
+        elif how == "clone":
+            self.table = self.table.clone()
+        elif how == "pack":
+            self.table.pack(CODES[len(self.items) % 3], blocks=64)
+        elif len(self.items):
+            self.table.factors[0] = 1.0
+            self.items[0] = 1.0
+            if self.table.bias is not None:
+                self.table.bias[-1] = 9.0
+                self.bias[-1] = 9.0
+            with pytest.raises(RuntimeError, match="call refresh"):
+                score_topk(torch.ones(R), self.table, 1)
+            self.table.refresh()
+
+    @rule()
+    def reader_begins(self):
+        self.pins.append((self.table._log, self.table._log.pin()[0]))
+
+    @precondition(lambda self: self.pins)
+    @rule()
+    def reader_ends(self):
+        log, version = self.pins.pop()
+        log.unpin(version)
+
+    @rule(seed=SEEDS, k=st.integers(1, 200), scan=st.sampled_from(["auto", "bounded"]))
+    def search(self, seed, k, scan):
+        queries = make_queries("iid", 2, 1 + seed % 20, R, seed, self.items)
+        mask = torch.rand(2, len(self.items), generator=generator(seed)) < (1.0, 0.5, 0.02)[seed % 3]
+        wanted = plain(queries, self.items, k, bias=self.bias, mask=mask & self.alive)
+        with forced("cpu", scan=scan):
+            assert_same_bits(score_topk(queries, self.table, k, mask=mask), wanted)
+
+
+TestChanges = Changes.TestCase
+TestChanges.settings = settings(
+    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.mark.parametrize("kinds", CODES, ids="+".join)
+def test_a_file_keeps_the_cells(tmp_path, kinds):
+    items = make_items("clustered", 3001, R, 0)
+    table = ItemTable(items, bias=torch.randn(3001, generator=generator(1))).pack(kinds, blocks=96)
+    table.save(tmp_path / "table")
+    queries = make_queries("clustered", 3, 4, R, 1, items)
+    with forced("cpu", scan="bounded"):
+        wanted = score_topk(queries, table, 30)
+        for mmap in (True, False):
+            loaded = ItemTable.load(tmp_path / "table", mmap=mmap)
+            assert loaded.codes().cells.rows == 96
+            assert_same_bits(score_topk(queries, loaded, 30), wanted)
+        loaded.update(torch.tensor([5]), torch.full((1, R), 3.0))
+        assert_same_bits(
+            score_topk(queries, loaded, 30), plain(queries, loaded.factors, 30, bias=loaded.bias)
+        )
+
+
+def test_an_order_that_is_none_leads_nowhere_else():
+    """From a file: rows beyond the table, rows twice, a place for none. Results are then wrong, and still results."""
+    items = make_items("clustered", 2048, R, 0)
+    queries = make_queries("clustered", 2, 3, R, 1, items)
+    for wrong in (-1, 2**31 - 1, 2048, 0):
+        table = ItemTable(items).pack(blocks=True)
+        table.code_order[:, 0] = wrong
+        table.code_order[::2, 1] = wrong
+        with forced("cpu", scan="bounded"):
+            for mask in (None, torch.arange(2048) < 20):
+                ids = score_topk(queries, table, 40, mask=mask).ids
+                assert (ids >= -1).all() and (ids < 2048).all()
+
+
+def test_training_makes_codes_stale_until_they_are_refreshed():
+    items = make_items("clustered", 2048, R, 0)
+    table = ItemTable(items.clone(), bias=torch.zeros(2048), trainable=True).pack(blocks=True)
+    queries = make_queries("clustered", 2, 3, R, 1, items)
+    score_topk(queries, table, 5).scores.sum().backward()
+    with torch.no_grad():
+        table.bias.add_(torch.randn(2048, generator=generator(3)))
+    with pytest.raises(RuntimeError, match="call refresh"):
+        score_topk(queries, table, 5)
+    table.refresh()
+    with torch.no_grad(), forced("cpu", scan="bounded"):
+        assert_same_bits(score_topk(queries, table, 5), plain(queries, table.factors, 5, bias=table.bias))
+
+
+def test_a_table_in_blocks_goes_where_tensors_go():
+    table = ItemTable(make_items("clustered", 2100, R, 0), bias=torch.randn(2100)).pack(blocks=True)
+    queries = make_queries("clustered", 2, 3, R, 1, table.factors)
+    for other in (table.clone().half(), table.clone().to(torch.bfloat16), table.clone().float()):
+        assert other.codes().cells.rows == 64
+        with forced("cpu", scan="bounded"):
+            assert_same_bits(score_topk(queries, other, 30), plain(queries, other.factors, 30, bias=other.bias))
+    state = ItemTable(torch.zeros(1500, R), bias=torch.zeros(1500)).state_dict()
+    table.load_state_dict(state)
+    assert len(table) == 1500 and table.codes().cells.count() == 1472 // 64
+
+
+def test_readers_never_see_half_an_update(monkeypatch):
+    """One thread replaces all rows of a kind by those of another and back; the others see the one or the other."""
+    monkeypatch.setenv("URM_CPU_SCAN", "bounded")
+    items = make_items("clustered", 4096, R, 0)
+    rows = torch.arange(0, 4096, 3)
+    states = [items[rows], -2 * items[rows]]
+    table = ItemTable(items.clone()).pack(blocks=True)
+    queries = make_queries("clustered", 2, 3, R, 1, items)
+    wanted = []
+    for state in states:
+        items[rows] = state
+        wanted.append(plain(queries, items, 50))
+    wrong, stop = [], threading.Event()
+
+    def read():
+        while not stop.is_set():
+            result = score_topk(queries, table, 50)
+            if not any(torch.equal(result.ids, w.ids) and torch.equal(result.scores, w.scores) for w in wanted):
+                wrong.append(result)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for turn in range(60):
+        table.update(rows, states[turn % 2 == 0])
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert not wrong
