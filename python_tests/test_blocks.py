@@ -78,8 +78,9 @@ def test_cells_of_a_kind_are_told_apart():
     queries = make_queries("clustered", 8, 1, 64, 1, items)
     bounds, best = cell_bounds(queries, in_blocks(items)), score_topk(queries, items, 1).scores[:, 0]
     assert (bounds >= best).float().mean() < 0.2
-    shuffled = cell_bounds(queries, in_blocks(torch.randn(20_000, 64, generator=generator(0))))
-    assert (shuffled >= best).float().mean() > 0.2  # and rows of no kind are not
+    items = torch.randn(20_000, 64, generator=generator(0))  # and rows of no kind are not
+    bounds, best = cell_bounds(queries, in_blocks(items)), score_topk(queries, items, 1).scores[:, 0]
+    assert (bounds >= best).float().mean() > 0.8
 
 
 @pytest.mark.parametrize("kind", SYNTHETIC)
@@ -105,10 +106,10 @@ def test_every_reduction_with_bias_and_scales(machine, kinds, reduce):
     options = {"query_mask": exists, "reduce": reduce}
     wanted = plain(queries, ItemTable(items, row_scale=scale), 70, bias=bias, **options)
     assert_same_bits(score_topk(queries, table, 70, **options), wanted)
-    assert torch.equal(
-        log_partition(queries, table, **options),
-        log_partition(queries, ItemTable(items, row_scale=scale), bias=bias, **options),
-    )
+    logarithms = log_partition(queries, table, **options)
+    with forced("cpu", scan="exact"):
+        wanted = log_partition(queries, ItemTable(items, row_scale=scale), bias=bias, **options)
+    assert torch.equal(logarithms, wanted)
 
 
 def test_a_bias_of_the_calls_own(machine):
@@ -132,7 +133,7 @@ def test_any_number_of_rows_and_any_size_of_cells(machine, rows, blocks):
 def test_every_dtype(machine, dtype):
     items = make_items("decay", 5000, 40, 0).to(dtype)
     queries = make_queries("decay", 4, 12, 40, 1, items.float())
-    assert_same_bits(score_topk(queries, in_blocks(items), 64), plain(queries, items, 64))
+    assert_same_bits(score_topk(queries, in_blocks(items), 64), plain(queries, ItemTable(items), 64))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3])

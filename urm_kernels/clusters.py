@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import ops
-from .backends.table_view import gather_rows
+from .backends import cpu, reference, triton
+from .backends.table_view import ScanOptions, TableView, gather_rows
 
 ROWS_OF_CLUSTER = 256  # on average
 _SAMPLED = 16  # rows a centre, in training
@@ -149,9 +149,11 @@ def _scores(rows: Tensor, centres: Tensor, k: int) -> Tensor:
 
 def _searched(rows: Tensor, centres: Tensor, k: int) -> tuple[Tensor, Tensor]:
     bias = centres.square().sum(1) / -2
-    table = ops.library.plain_table(centres, bias)
-    scores, ids = ops.score_topk(rows[:, None], *table, k, None, "max", None, None, True, False, "", counted=False)
-    return scores, ids
+    queries, table = rows[:, None].contiguous(), TableView(centres, bias)
+    if cpu.why_not(rows.device, (torch.float32,)) is None:
+        return cpu.nearest(queries, table, k)
+    chosen = triton if triton.why_not(rows.device, (torch.float32,)) is None else reference
+    return chosen.score_topk(queries, table, ScanOptions(), k, True)
 
 
 class _Nearest:

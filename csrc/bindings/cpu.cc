@@ -170,8 +170,9 @@ void set_request(const Queries& queries, const Table& table, int reduce, int tor
 // Kind, mask, its strides of users and rows, exclusions, their number; none where every row is allowed.
 using FilterSpec = std::optional<std::tuple<int, uintptr_t, int64_t, int64_t, uintptr_t, int64_t>>;
 
+// `scan`, where it is given, whatever the environment says.
 void set_scan(const Queries& queries, const Table& table, int reduce, const FilterSpec& filter, int torch_threads,
-              urm::ScanRequest& request) {
+              urm::ScanRequest& request, std::optional<urm::ScanMode> scan = std::nullopt) {
   set_request(queries, table, reduce, torch_threads, request);
   if (filter) {
     request.filter.kind = static_cast<urm::MaskKind>(std::get<0>(*filter));
@@ -184,7 +185,7 @@ void set_scan(const Queries& queries, const Table& table, int reduce, const Filt
   request.filter.alive = at<uint8_t>(std::get<4>(table));
   if (const auto& codes = std::get<5>(table)) request.codes = view(*codes);
   request.all_threads = wanted_threads() != nullptr;
-  request.scan = chosen_scan(*request.kernels, request.codes.bits != 0);
+  request.scan = scan ? *scan : chosen_scan(*request.kernels, request.codes.bits != 0);
 }
 
 // Runs `scan` without the GIL; Ctrl-C ends it.
@@ -216,6 +217,17 @@ void score_topk(const Queries& queries, const Table& table, int reduce, const Fi
   request.counts = at<urm::ScanCounts>(counts);
   request.k = k;
   request.sorted = sorted;
+  request.scores = at<float>(scores);
+  request.ids = at<int64_t>(ids);
+  run(&urm::scan_topk, request);
+}
+
+// For the library itself, whatever way to scan the environment names.
+void nearest(const Queries& queries, const Table& table, int64_t k, int torch_threads, uintptr_t scores,
+             uintptr_t ids) {
+  urm::TopKRequest request;
+  set_scan(queries, table, static_cast<int>(urm::Reduce::kMax), {}, torch_threads, request, urm::ScanMode::kAuto);
+  request.k = k;
   request.scores = at<float>(scores);
   request.ids = at<int64_t>(ids);
   run(&urm::scan_topk, request);
@@ -299,6 +311,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("instruction_set", [] { return chosen_kernels().name; }, "The one in use: URM_CPU_ISA, or the best.");
   m.def("threads", &chosen_threads, "Threads a call may use: URM_NUM_THREADS, or the number given (torch's).");
   m.def("score_topk", &score_topk, "Counts of the scan are added to three int64 at an address, where one is given.");
+  m.def("nearest", &nearest, "The k best rows under max, as the library's own clustering asks for them.");
   m.def("encode_blocks", &encode_blocks, "Codes of all whole blocks of the items.");
   m.def(
       "ask_for_large_pages", [](uintptr_t memory, int64_t bytes) { urm::ask_for_large_pages(at<void>(memory), bytes); },

@@ -17,51 +17,44 @@ bool is_among(uint64_t groups, int64_t g) {
 
 template <class Results>
 int64_t CodeScanner<Results>::scan(int64_t first_block, int64_t blocks) {
-  const int64_t bytes = block_bytes(r_, codes_.bits), next = first_block + blocks;
-  const float* bias = request_.bias.data ? bias_of_blocks(first_block, blocks) : nullptr;
+  const int64_t next = first_block + blocks;
   // Blocks of a sample lie apart; the processor does not foresee them, but there are few.
   const int64_t more = step_ == 1 ? std::min<int64_t>(kStretchBlocks, codes_.count - next) : 0;
-  Ahead ahead{codes_.blocks + next * bytes, more * bytes / kCacheLine};
-  int64_t survived = 0;
-  for (int64_t user = 0; user < group_.users; ++user) {
-    survived += scan_user(user, first_block, blocks, ~uint32_t{0}, bias, ahead);
-    ahead = {nullptr, 0};
-  }
-  counts_.bytes += blocks * bytes;
-  settle(survived);
-  return survived;
+  return scan_users(first_block, blocks, nullptr, memory_of(next, more));
 }
 
 template <class Results>
 int64_t CodeScanner<Results>::scan_wanted(int64_t first_block, int64_t blocks, const uint32_t* wanted, Ahead ahead) {
+  return scan_users(first_block, blocks, wanted, ahead);
+}
+
+// Blocks without a row that a user may be given are not read for it.
+template <class Results>
+int64_t CodeScanner<Results>::scan_users(int64_t first_block, int64_t blocks, const uint32_t* wanted, Ahead ahead) {
   const float* bias = request_.bias.data ? bias_of_blocks(first_block, blocks) : nullptr;
   int64_t survived = 0;
   uint32_t read = 0;
   for (int64_t user = 0; user < group_.users; ++user) {
-    if (!wanted[user]) continue;
-    survived += scan_user(user, first_block, blocks, wanted[user], bias, ahead);
+    if (group_.packed.start[user + 1] == group_.packed.start[user]) continue;
+    uint32_t some = wanted ? wanted[user] : ~uint32_t{0};
+    if (some) some &= group_.blocks.among(user, first_block * step_, step_, blocks);
+    if (!some) continue;
+    survived += scan_user(user, first_block, some, bias, ahead);
     ahead = {nullptr, 0};
-    read |= wanted[user];
+    read |= some;
   }
   counts_.bytes += __builtin_popcount(read) * block_bytes(r_, codes_.bits);
-  settle(survived);
+  counts_.survivors += survived;
+  rescore(work_.waiting);
+  work_.waiting.swap(work_.survivors);
   return survived;
 }
 
 template <class Results>
-void CodeScanner<Results>::settle(int64_t survived) {
-  counts_.survivors += survived;
-  rescore(work_.waiting);
-  work_.waiting.swap(work_.survivors);
-}
-
-// Blocks without a row that the user may be given are not read.
-template <class Results>
-int64_t CodeScanner<Results>::scan_user(int64_t user, int64_t first_block, int64_t blocks, uint32_t wanted,
-                                          const float* bias, Ahead ahead) {
-  if (group_.packed.start[user + 1] == group_.packed.start[user]) return 0;
+int64_t CodeScanner<Results>::scan_user(int64_t user, int64_t first_block, uint32_t some, const float* bias,
+                                        Ahead ahead) {
   int64_t survived = 0;
-  for (uint32_t some = wanted & group_.blocks.among(user, first_block * step_, step_, blocks); some;) {
+  while (some) {
     const int from = __builtin_ctz(some), run = __builtin_ctz(~(some >> from));
     some &= ~(((1u << run) - 1) << from);
     const int64_t first = first_block + from;

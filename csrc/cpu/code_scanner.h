@@ -61,8 +61,8 @@ class CodeScanner {
     int64_t place, user, count;
   };
 
-  int64_t scan_user(int64_t user, int64_t first_block, int64_t blocks, uint32_t wanted, const float* bias, Ahead ahead);
-  void settle(int64_t survived);
+  int64_t scan_users(int64_t first_block, int64_t blocks, const uint32_t* wanted, Ahead ahead);
+  int64_t scan_user(int64_t user, int64_t first_block, uint32_t some, const float* bias, Ahead ahead);
 
   void sum_blocks(int64_t user, int64_t first_block, int64_t blocks, Ahead ahead);
   void prune(int64_t user, int64_t first_block, int64_t blocks, const float* bias, float* bounds, uint32_t* survivors);

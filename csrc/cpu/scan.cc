@@ -34,7 +34,8 @@ bool write_user(const TopKRequest& request, const Group& group, TopKBuffer& best
   }
   std::fill(scores + k, scores + request.k, -std::numeric_limits<float>::infinity());
   std::fill(ids + k, ids + request.k, int64_t{-1});
-  return best.floor() == kNoKey || (k == request.k && (!k || *std::min_element(keys, keys + k) >= best.floor()));
+  const int64_t wanted = std::min(request.k, request.items.rows);
+  return best.floor() == kNoKey || (k == wanted && (!k || *std::min_element(keys, keys + k) >= best.floor()));
 }
 
 // False when interrupted. Users whose guessed threshold is refuted are scanned again without one.
@@ -44,7 +45,7 @@ bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t
   std::vector<Workspace> work = workspaces(group);
   const int64_t n = request.items.rows, k = std::min(request.k, n);
   TopKResults results(group, k, topk_buffer_capacity(k, n));
-  use_cells(request, group, work, results);
+  if (guess) use_cells(request, group, work, results);
   AlignedVector<float> guesses;
   if (!group.cell_bounds.empty()) group.guess = false;  // the best cells have more to say than a sample
   else if (group.guess) guesses = guess_by_codes(request, group, work);

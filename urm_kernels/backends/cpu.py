@@ -80,6 +80,14 @@ def score_topk(
     return scores, ids
 
 
+def nearest(queries: Tensor, table: TableView, k: int) -> tuple[Tensor, Tensor]:
+    """As :func:`score_topk` under max, whatever URM_CPU_SCAN says: for what the library asks itself."""
+    scores, ids = torch.empty((len(queries), k)), torch.empty((len(queries), k), dtype=torch.int64)
+    (asked, held, *_), _held = _scan(queries, table, ScanOptions())
+    extension().nearest(asked, held, k, torch.get_num_threads(), scores.data_ptr(), ids.data_ptr())
+    return scores, ids
+
+
 def ask_for_large_pages(tensor: Tensor) -> None:
     """A hint for memory that has not been written yet, and will be scanned."""
     extension().ask_for_large_pages(tensor.data_ptr(), tensor.nbytes)

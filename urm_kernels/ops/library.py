@@ -26,11 +26,6 @@ TABLE_SIZE = 16  # arguments
 _NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
 
 
-def plain_table(items: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-    """The table's arguments where there is nothing but items."""
-    return (items, bias, None, None, 0, *[None] * 9, 0, 0)
-
-
 def register(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Defines ``urm_kernels::name``; returns what calls it."""
     _library.define(name + schema)
