@@ -1,4 +1,4 @@
-"""Packed in blocks: codes by clusters, and bounds of whole cells. Not one bit of a result changes, whatever is asked."""
+"""Packed in blocks: codes by clusters, and bounds of whole cells. No bit of a result changes, whatever is asked."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def in_blocks(items, kinds=("int4",), blocks=True, **parts):
 def cell_bounds(queries, table):
     """[cells, users]."""
     view = TableView(table.factors, None, table.row_scale, None, None, table.codes())
-    out = torch.empty(table.codes().cells.count(), len(queries))
+    out = torch.empty(table.codes().cells.number(), len(queries))
     assert cpu.extension().cell_bounds(cpu._queries(queries.contiguous(), None), cpu._table(view), out.data_ptr())
     return out
 
@@ -49,11 +49,11 @@ def cell_bounds(queries, table):
 def assert_cells_bound(queries, table):
     """No row's canonical dot is above its cell's bound: what scores without a bias are made of."""
     cells = table.codes().cells
-    rows = cells.order[: cells.count() * cells.rows, 0].long()
+    rows = cells.order[: cells.number() * cells.rows, 0].long()
     best = score_topk(queries, ItemTable(table.factors, row_scale=table.row_scale), len(table))
     scores = torch.full((len(queries), len(table) + 1), -INF)
     scores.scatter_(1, best.ids.where(best.ids >= 0, len(table)), best.scores)
-    of_cells = scores[:, rows].view(len(queries), cells.count(), cells.rows).amax(2).T
+    of_cells = scores[:, rows].view(len(queries), cells.number(), cells.rows).amax(2).T
     assert (cell_bounds(queries, table) >= of_cells).all()
 
 
@@ -194,7 +194,7 @@ def test_stats_tell_what_cells_ruled_out():
     table = in_blocks(items)
     with forced("cpu", scan="bounded"):
         asked, left_out = score_topk(queries, table, 10, return_stats=True)[1].blocks.tolist()
-    assert asked == 3 * table.codes().cells.count() and asked * 0.5 < left_out < asked
+    assert asked == 3 * table.codes().cells.number() and asked * 0.5 < left_out < asked
     assert score_topk(queries, items, 10, return_stats=True)[1].blocks.tolist() == [0, 0]
 
 

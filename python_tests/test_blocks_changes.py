@@ -133,9 +133,21 @@ def test_a_file_keeps_the_cells(tmp_path, kinds):
             assert loaded.codes().cells.rows == 96
             assert_same_bits(score_topk(queries, loaded, 30), wanted)
         loaded.update(torch.tensor([5]), torch.full((1, R), 3.0))
-        assert_same_bits(
-            score_topk(queries, loaded, 30), plain(queries, loaded.factors, 30, bias=loaded.bias)
-        )
+        assert_same_bits(score_topk(queries, loaded, 30), plain(queries, loaded.factors, 30, bias=loaded.bias))
+
+
+def test_memory_tells_of_rows_that_changed_since_they_were_clustered(tmp_path):
+    table = ItemTable(make_items("clustered", 3200, R, 0)).pack(blocks=True)
+    assert table.memory()["changed"] == 0
+    table.update(torch.arange(100), torch.randn(100, R))
+    table.append(torch.randn(32, R))
+    row = table.memory()["code_blocks"] // len(table._room["code_blocks"]) // 32
+    assert table.memory()["changed"] == 132 * row
+    assert table.clone().memory()["changed"] == 132 * row
+    table.save(tmp_path / "table")
+    assert ItemTable.load(tmp_path / "table").memory()["changed"] == 132 * row
+    assert table.pack(blocks=True).memory()["changed"] == 0
+    assert "changed" not in table.pack().memory()
 
 
 def test_an_order_that_is_none_leads_nowhere_else():
@@ -175,7 +187,7 @@ def test_a_table_in_blocks_goes_where_tensors_go():
             assert_same_bits(score_topk(queries, other, 30), plain(queries, other.factors, 30, bias=other.bias))
     state = ItemTable(torch.zeros(1500, R), bias=torch.zeros(1500)).state_dict()
     table.load_state_dict(state)
-    assert len(table) == 1500 and table.codes().cells.count() == 1472 // 64
+    assert len(table) == 1500 and table.codes().cells.number() == 1472 // 64
 
 
 def test_readers_never_see_half_an_update(monkeypatch):

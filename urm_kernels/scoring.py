@@ -37,8 +37,8 @@ class ScanStats(NamedTuple):
         bytes_read: int64 scalar, of codes and rows.
         survivors: int64 [2]: (user, item) pairs that the first bounds of a packed table could not rule out, and pairs
             that were scored exactly, which without codes are all or, where rows are bounded on their way, few.
-        blocks: int64 [2]: (user, block) pairs whose bounds were asked, of a table packed in blocks, and those that were not
-            read for it; zeros where blocks were no use. Where ever fewer are left out, pack the table anew.
+        blocks: int64 [2], of a table packed in blocks: (user, block) pairs whose bounds were asked, and those of them
+            that were not read; zeros where blocks were no use. Where ever fewer are left out, pack the table anew.
         proven: bool [B], whether the user's result is certainly exact.
     """
 

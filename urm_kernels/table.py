@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, table_file
-from .backends.codes import Cells, Codes
+from .backends.codes import BLOCK, Cells, Codes
 from .backends.table_view import rows_of_bits
 from .factorize import factorize
 from .interop import as_tensor, is_read_only
@@ -108,7 +108,11 @@ class ItemTable(ChangingTable):
             self._read_only = self.factors.data_ptr()
 
     def _start(
-        self, tensors: dict[str, Tensor | None], names: Names | None, trainable: bool, cell_rows: int = 0
+        self,
+        tensors: dict[str, Tensor | None],
+        names: Names | None,
+        trainable: bool,
+        facts: table_file.Facts = table_file.NO_FACTS,
     ) -> None:
         self.trainable = trainable
         self._names = names
@@ -122,10 +126,12 @@ class ItemTable(ChangingTable):
         codes = None
         if "code_blocks" in tensors:
             codes = Codes(*(tensors.get(part) for part in CODE_PARTS))  # type: ignore[arg-type]
-            if cell_rows:
-                cells = Cells(*(tensors.get(part) for part in CELL_PARTS), cell_rows)  # type: ignore[arg-type]
+            if facts.cell_rows:
+                held = [tensors.get(part) for part in CELL_PARTS]
+                cells = Cells(*held, rows=facts.cell_rows)  # type: ignore[arg-type, call-arg, misc]
                 codes = codes._replace(cells=cells)
         self._hold_codes(codes)
+        self.code_changed = facts.changed
         self._begin(same_rows=True)
 
     def _volatile(self) -> None:
@@ -203,8 +209,10 @@ class ItemTable(ChangingTable):
         if codes is None or not held:
             return table
         assert self._codes_from is not None
-        cells = codes.cells or (None,) * 5 + (0,)
-        return Serving(*table[:5], *codes[:4], *cells, self._codes_from.key)
+        table = Serving(*table[:5], *codes[:4])
+        if (cells := codes.cells) is not None:
+            table = Serving(*table[:9], *cells)
+        return table._replace(codes_from=self._codes_from.key)
 
     def to_external(self, ids: Tensor) -> Any:
         """The caller's names of result rows (int64, any shape): int64, pads stay -1, or for string ids a NumPy array of
@@ -233,12 +241,20 @@ class ItemTable(ChangingTable):
         return external
 
     def memory(self) -> dict[str, int]:
-        """Bytes by part, with room for rows to come, and "total"."""
+        """Bytes by part, with room for rows to come, and "total".
+
+        Packed in blocks also "changed", not part of the total: the codes of rows updated or appended since
+        :meth:`pack`, which lie among rows that they are not like. Where that is much of "code_blocks", packing anew
+        pays.
+        """
         held = {name: getattr(self, name) for name in (*_PARTS, *PACKED_PARTS, "encoded")}
         used = {n: self._room.get(n, t).nbytes for n, t in held.items() if t is not None}
         if self._names is not None:
             used["index of ids"] = self._names.index_bytes()
-        return used | {"total": sum(used.values())}
+        used["total"] = sum(used.values())
+        if self.code_cell_rows and self.code_blocks is not None:
+            used["changed"] = self.code_changed * self.code_blocks.shape[1] // BLOCK
+        return used
 
     def clone(self) -> ItemTable:
         """A copy in memory of its own, which may be changed where this table may not."""
@@ -247,17 +263,20 @@ class ItemTable(ChangingTable):
                 self._log.flush()
             tensors = {name: t.detach().clone() for name in _PARTS if (t := getattr(self, name)) is not None}
             tensors |= {name: t.clone() for name in PACKED_PARTS if (t := getattr(self, name)) is not None}
-            return self._made(tensors, self.trainable, self.code_cell_rows)
+            return self._made(tensors, self.trainable, self._facts())
+
+    def _facts(self) -> table_file.Facts:
+        return table_file.Facts(self.code_cell_rows, self.code_changed)
 
     @classmethod
-    def _made(cls, tensors: dict[str, Tensor], trainable: bool, cell_rows: int) -> ItemTable:
+    def _made(cls, tensors: dict[str, Tensor], trainable: bool, facts: table_file.Facts) -> ItemTable:
         """A table of tensors that belong together."""
         table = cls.__new__(cls)
         nn.Module.__init__(table)
         names = None
         if "ids" in tensors or "id_offsets" in tensors:
             names = Names(tensors.get("ids"), tensors.get("id_text"), tensors.get("id_offsets"))
-        table._start(dict(tensors), names, trainable, cell_rows)
+        table._start(dict(tensors), names, trainable, facts)
         return table
 
     def save(self, path: table_file.Path) -> None:
@@ -267,7 +286,8 @@ class ItemTable(ChangingTable):
                 self._log.flush()
             parts = (*_PARTS, *PACKED_PARTS)
             tensors = {name: tensor for name in parts if (tensor := getattr(self, name)) is not None}
-            table_file.write(path, tensors, *self.factors.shape, self.code_cell_rows)
+            rows, rank = self.factors.shape
+            table_file.write(path, tensors, rows, rank, self._facts())
 
     @classmethod
     def load(
@@ -284,8 +304,8 @@ class ItemTable(ChangingTable):
         """
         checks.flag("mmap", mmap)
         mmap = mmap and not trainable
-        tensors, cell_rows = table_file.read(path, mmap=mmap, device=device)
-        table = cls._made(tensors, trainable, cell_rows)
+        tensors, facts = table_file.read(path, mmap=mmap, device=device)
+        table = cls._made(tensors, trainable, facts)
         if mmap and table.factors.device.type == "cpu":
             table._read_only = table.factors.data_ptr()
         return table

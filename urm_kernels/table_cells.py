@@ -87,7 +87,7 @@ def widen_cells(codes: Codes, places: Tensor, rows: Tensor, row_scale: Tensor | 
     says of its rows only ever grows, so that who reads it meanwhile is right."""
     cells = codes.cells
     assert cells is not None
-    within = places < cells.count() * cells.rows
+    within = places < cells.number() * cells.rows
     places, rows, r = places[within], rows[within], rows.shape[1]
     if not len(places):
         return

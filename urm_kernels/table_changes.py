@@ -49,8 +49,8 @@ class ChangingTable(PackableTable):
         self._names = names
 
     def _begin(self, *, same_rows: bool = False, order: Tensor | None = None) -> None:
-        """After every change of the tensors themselves: the sum of the parts, codes (kept for the same rows; in an order,
-        where one is given), and a log for their updates."""
+        """After every change of the tensors themselves: the sum of the parts, codes (kept for the same rows; in an
+        order, where one is given), and a log for their updates."""
         with self._fetch:
             self._sum_from = None
             if self.text is not None:

@@ -45,6 +45,7 @@ class PackableTable(nn.Module):
     code_cell_reference: Tensor | None
     code_cell_most: Tensor | None
     code_cell_rows: int
+    code_changed: int  # rows since they were clustered
 
     _codes_from: MadeFrom | None
     _lock: threading.RLock  # of writers, who may wait for readers while they hold it
@@ -68,10 +69,10 @@ class PackableTable(nn.Module):
         the most that these can be wrong, and scores exactly only what may still win (docs/design.md has the proof).
         Sources: VA-file (Weber, Schek and Blott, VLDB 1998), RaBitQ (Gao and Long, SIGMOD 2024) for the rotation.
 
-        With ``blocks`` the codes of rows that are alike lie together, in runs of 64 (k-means, by the library's own scoring;
-        inside a cluster the longest rows first), and every run has a code of its own that stands for all of its rows.
-        A call bounds the runs first and reads only those that may hold one of the best rows; where a sample says that
-        they all may, it reads on as without. Rows keep their numbers, and factors stay where they are.
+        With ``blocks`` the codes of rows that are alike lie together, in runs of 64 (k-means, by the library's own
+        scoring; inside a cluster the longest rows first), and every run has a code of its own that stands for all of
+        its rows. A call bounds the runs first and reads only those that may hold one of the best rows; where a sample
+        says that they all may, it reads on as without. Rows keep their numbers, and factors stay where they are.
 
         Codes follow :meth:`update`, :meth:`append` and :meth:`compact`, and are saved with the table. After any other
         edit of the factors (an optimizer's step, say) calls raise until :meth:`refresh`.
@@ -80,10 +81,10 @@ class PackableTable(nn.Module):
             codes: ("int4",): r / 2 + 8 bytes a row, for widths that are multiples of 4. ("int8",): r + 8 bytes, fewer
                 rows left to score exactly. ("int4", "int8"): both, the 8-bit codes read for what the 4-bit ones leave;
                 worth it where many rows are close to the best ones.
-            blocks: True, or the rows of a run, a multiple of 32: r / 2 + 16 bytes a row in all with 4-bit codes and runs
-                of 64. Worth it for catalogues that cluster, which most learned ones do. Runs loosen as rows are updated
-                and appended; results stay exact, and :class:`urm_kernels.ScanStats` and :meth:`memory` show when
-                packing anew would pay.
+            blocks: True, or the rows of a run, a multiple of 32 up to 4096: 8 bytes a row more, and r / 128 for the
+                codes of runs of 64; with a bias 4 more. Worth it for catalogues that cluster. Runs loosen as rows are
+                updated and appended: results stay exact, and :class:`urm_kernels.ScanStats` and :meth:`memory` show
+                when packing anew would pay. On the CPU; other devices scan such a table by its factors.
             seed: of the rotation and the clusters.
             progress: called with (rows done, rows in all), in place of a progress bar, which comes after two seconds on
                 a terminal where tqdm is installed. With ``blocks`` a row counts once a pass over it.
@@ -92,8 +93,8 @@ class PackableTable(nn.Module):
             TypeError: float64 factors, which the reference scores.
             ValueError: codes of another kind, blocks of another size, or r above 8192.
 
-        Memory: the codes, and some 100 KiB a thread; with ``blocks`` also 40 bytes a row meanwhile, and a sixteenth of the
-        rows as float32.
+        Memory: the codes, and some 100 KiB a thread; with ``blocks`` also 40 bytes a row meanwhile, and a sixteenth of
+        the rows as float32.
         """
         kinds = checked_kinds(codes)
         cell_rows = table_cells.rows_of_cells(blocks)
@@ -108,6 +109,7 @@ class PackableTable(nn.Module):
             made = self._new_codes(kinds, cell_rows, seed, progress)
             with self._fetch:
                 self._hold_codes(made)
+                self.code_changed = 0
         return self
 
     def unpack(self) -> Self:
@@ -217,6 +219,7 @@ class PackableTable(nn.Module):
             if codes.cells is None:
                 return encoder(items).encode_rows(items, row_scale, codes, rows)
             coded = rows < len(codes.cells.order)
+            self.code_changed += int(coded.sum())
             places, at = codes.cells.order[rows[coded], 1].long().sort()
             if len(places) and not 0 <= int(places[0]) <= int(places[-1]) < len(codes.cells.order):
                 raise RuntimeError("the order of the codes is none of the table's rows (a damaged file?): call pack()")
@@ -241,11 +244,12 @@ class PackableTable(nn.Module):
             encoder(items).encode_blocks(items[part], scale, more)
             if cells is None:
                 return
+            self.code_changed += part.stop - part.start
             cells.order[part] = torch.arange(part.start, part.stop, device=items.device, dtype=torch.int32)[:, None]
             if cells.bias is not None and bias is not None:
                 cells.bias[part] = bias[part].float()
             done = part.start // cells.rows
-            places = cells.order[done * cells.rows : cells.count() * cells.rows, 0].long()
+            places = cells.order[done * cells.rows : cells.number() * cells.rows, 0].long()
             scale = None if row_scale is None else row_scale[places]
             table_cells.write_cells(encoder(items), grown, done, gather_rows(items, places), scale)
 

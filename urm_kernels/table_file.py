@@ -37,16 +37,26 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 Path = str | PathLike[str]
 
 
+class Facts(NamedTuple):
+    """Of a table packed in blocks: rows of a cell (0: there are none), and rows changed since they were clustered."""
+
+    cell_rows: int
+    changed: int
+
+
+NO_FACTS = Facts(0, 0)
+
+
 class _Wanted(NamedTuple):
     dtypes: tuple[str, ...]
     shape: list[int | None]  # None: any size
 
 
-def write(path: Path, tensors: dict[str, Tensor], rows: int, rank: int, cell_rows: int) -> None:
+def write(path: Path, tensors: dict[str, Tensor], rows: int, rank: int, facts: Facts) -> None:
     """Writes a table's tensors, every bit of them; the file appears whole or not at all."""
     from safetensors.torch import save_file
 
-    description = {"format": FORMAT, "rows": rows, "rank": rank, "cell_rows": cell_rows, "tensors": sorted(tensors)}
+    description = {"format": FORMAT, "rows": rows, "rank": rank, **facts._asdict(), "tensors": sorted(tensors)}
     partial = f"{os.fspath(path)}.{os.getpid()}.partial"
     try:
         save_file(
@@ -71,14 +81,14 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-def read(path: Path, *, mmap: bool, device: str | torch.device) -> tuple[dict[str, Tensor], int]:
-    """The tensors of a table's file, and the rows of its cells (0: it has none). With mmap, on the CPU, they are a private map of it: pages are read when touched.
+def read(path: Path, *, mmap: bool, device: str | torch.device) -> tuple[dict[str, Tensor], Facts]:
+    """The tensors of a table's file. With mmap, on the CPU, they are a private map of it: pages are read when touched.
 
     Raises ValueError in words for a file that is damaged or is no table, OSError for one that cannot be opened.
     """
     from safetensors import SafetensorError, safe_open
 
-    names, cell_rows = validated(path)
+    names, facts = validated(path)
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             tensors = {name: file.get_tensor(name) for name in names}
@@ -88,11 +98,11 @@ def read(path: Path, *, mmap: bool, device: str | torch.device) -> tuple[dict[st
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     if "code_rotation" in tensors and not (tensors["code_rotation"].abs() == 1).all():
         raise ValueError(f"path: {path}: code_rotation holds other numbers than 1 and -1")
-    return tensors, cell_rows
+    return tensors, facts
 
 
-def validated(path: Path) -> tuple[list[str], int]:
-    """Names of the tensors of a file that is a table's, and the rows of its cells; allocates no more than the header's size limit."""
+def validated(path: Path) -> tuple[list[str], Facts]:
+    """Names of the tensors of a file that is a table's; allocates no more than the header's size limit."""
     header, data_bytes = _header(path)
     metadata = header.pop("__metadata__", None)
     text = metadata.get("urm_kernels") if isinstance(metadata, dict) else None
@@ -107,8 +117,8 @@ def validated(path: Path) -> tuple[list[str], int]:
     names = described.get("tensors")
     if not isinstance(names, list) or sorted(header) != names:
         raise ValueError(f"path: {path} holds tensors {_few(sorted(header))}, its metadata names {_few(names)}")
-    cell_rows = described.get("cell_rows", 0)
-    if not _is_cell(cell_rows) or (cell_rows > 0) != ("code_order" in header):
+    cell_rows, changed = described.get("cell_rows", 0), described.get("changed", 0)
+    if not _is_cell(cell_rows) or not _is_size(changed) or (cell_rows > 0) != ("code_order" in header):
         raise ValueError(f"path: {path} claims cells of {cell_rows!r} rows")
     wanted = _wanted(rows, rank, cell_rows)
     if "factors" not in header or not set(header) <= set(wanted):
@@ -124,7 +134,7 @@ def validated(path: Path) -> tuple[list[str], int]:
             raise ValueError(f"path: {path}: blocks of {bytes_of_block} bytes are no codes of rows of width {rank}")
         if header["factors"]["dtype"] == "F64" or ("code_fine" in shapes and bytes_of_block != possible[0]):
             raise ValueError(f"path: {path} holds codes that no table has")
-    return names, cell_rows
+    return names, Facts(cell_rows, changed)
 
 
 def _wanted(rows: int, rank: int, cell_rows: int = 0) -> dict[str, _Wanted]:

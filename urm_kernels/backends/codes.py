@@ -32,7 +32,8 @@ class Cells(NamedTuple):
     most: Tensor | None
     rows: int
 
-    def count(self) -> int:
+    def number(self) -> int:
+        """Cells."""
         return len(self.order) // self.rows
 
 

@@ -139,7 +139,7 @@ def _cells(cells: Cells | None) -> tuple[Any, ...] | None:
         order.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         rows,
-        cells.count(),
+        cells.number(),
         blocks.data_ptr(),
         *reference.tolist(),
         0 if most is None else most.data_ptr(),
