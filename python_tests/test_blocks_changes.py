@@ -4,10 +4,11 @@ import threading
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from support import CODES, NAN, assert_same_bits
+from test_blocks import assert_cells_bound, cell_bounds
 from test_packed import generator, plain
 
 from urm_kernels import ItemTable, score_topk
@@ -120,8 +121,39 @@ class Changes(RuleBasedStateMachine):
 
 TestChanges = Changes.TestCase
 TestChanges.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=60,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes minutes
 )
+
+
+def assert_cells_hold(table, queries):
+    assert_cells_bound(queries, table)
+    cells = table.codes().cells
+    bias = table.bias.float()[cells.order[: cells.number() * cells.rows, 0].long()]
+    assert torch.equal(cells.bias, table.bias.float()[cells.order[:, 0].long()])
+    assert (cells.most >= bias.view(-1, cells.rows).amax(1)).all()
+
+
+def test_cells_hold_their_rows_whatever_changes():
+    random = generator(11)
+    table = ItemTable(rows_of_kinds(1000, 0), bias=torch.randn(1000, generator=random)).pack(blocks=64)
+    queries = torch.cat([rows_of_kinds(40, 1), torch.randn(8, R, generator=random)]).view(6, 8, R)
+    assert_cells_hold(table, queries)
+    for turn, size in enumerate((1.0, 3.0, 1e-20, 1e20)):
+        rows = torch.randperm(len(table), generator=random)[:70]
+        table.update(rows, rows_of_kinds(70, turn, size), bias=3 * torch.randn(70, generator=random))
+        assert_cells_hold(table, queries)
+        table.append(rows_of_kinds(77, turn, 2 * size), bias=torch.randn(77, generator=random))
+        assert table.codes().cells.number() == len(table) // 32 * 32 // 64
+        assert_cells_hold(table, queries)
+    table.remove(torch.arange(0, 900, 3))
+    table.compact()
+    assert_cells_hold(table, queries)
+    table.update(torch.tensor([7]), torch.full((1, R), float("nan")))
+    assert (cell_bounds(queries, table) == float("inf")).any()
 
 
 @pytest.mark.parametrize("kinds", CODES, ids="+".join)
