@@ -11,6 +11,7 @@ from test_gradients import by_torch, leaves
 from urm_kernels import ItemTable, score_candidates, score_topk
 from urm_kernels.backends import select
 from urm_kernels.backends.table_view import TableView
+from urm_kernels.table import Serving
 from urm_kernels.testing import forced, make_items, make_queries, three_way_error
 
 SCORING = ("reduce", "bias", "query_mask")
@@ -320,7 +321,7 @@ def test_opcheck(backend, device, learns, everything):
     op = ops.score_candidates if learns else ops.score_candidates_no_grad
     for rows in (chosen, chosen[0]):
         rest = (rows, exists if everything else None, "logsumexp", False, backend)
-        table = (given[1], given[2] if everything else None, None, None, 0, *[None] * 4, 0)
+        table = Serving(given[1], given[2] if everything else None)
         torch.library.opcheck(op.default, (given[0], *table, *rest))
 
 

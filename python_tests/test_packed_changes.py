@@ -13,6 +13,7 @@ import torch
 from support import CODES, assert_same_bits, run_python
 
 from urm_kernels import ItemTable, freshness, score_topk
+from urm_kernels.table import Serving
 from urm_kernels.table_codes import CODE_PARTS
 from urm_kernels.testing import make_items, make_queries
 
@@ -263,7 +264,8 @@ def test_opcheck(kinds, learns, counted):
     codes = ItemTable(items.detach()).pack(kinds).codes()
     queries = torch.randn(2, 3, R).requires_grad_(learns)
     op = getattr(torch.ops.urm_kernels, f"score_topk{counted}{'' if learns else '_no_grad'}")
-    arguments = (queries, items, None, None, None, 0, *codes, 0, 4, None, "max", None, None, True, False, "cpu")
+    table = Serving(items, None, None, None, 0, *codes[:4])
+    arguments = (queries, *table, 4, None, "max", None, None, True, False, "cpu")
     torch.library.opcheck(op.default, arguments)
 
 

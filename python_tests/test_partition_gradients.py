@@ -11,6 +11,7 @@ from test_gradients import by_torch as scores_by_torch
 from test_partition import EXISTS, assert_equal_bits
 
 from urm_kernels import ItemTable, log_partition, score_candidates, score_topk
+from urm_kernels.table import Serving
 from urm_kernels.testing import allowed_rows, available_backends, forced, make_items, make_queries, three_way_error
 
 
@@ -135,7 +136,7 @@ def test_opcheck(backend, device, everything, learns):
     table, rest = (made["items"], bias, None, None), (mask, exclude, made["temperature"], backend)
     ops = torch.ops.urm_kernels
     op = ops.log_partition if learns else ops.log_partition_no_grad
-    torch.library.opcheck(op.default, (made["queries"], *table, 0, *[None] * 4, 0, exists, "logsumexp", *rest))
+    torch.library.opcheck(op.default, (made["queries"], *Serving(*table), exists, "logsumexp", *rest))
     if not learns:
         above = torch.ones(3, device=device), torch.zeros(3, device=device)
         for needs in ((True, True), (True, False), (False, True)):

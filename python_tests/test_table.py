@@ -106,7 +106,7 @@ def described(**changes):
         (None, "not of an ItemTable"),
         ("{", "unreadable"),
         ("[1]", "unreadable"),
-        (described(format=4), "format 4"),
+        (described(format=5), "format 5"),
         (described(rows=49), r"shape \[50, 8\]"),
         (described(tensors=["factors", "bias"]), "its metadata names"),
     ],

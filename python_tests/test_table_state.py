@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from support import bits
 
 from urm_kernels import ItemTable, log_partition, ops, score_candidates, score_topk
+from urm_kernels.table import Serving
 
 STRINGS = ["", "a", "aa", "é", "e\u0301", "日本", "😀", "a\0b", "\0", " a", "x" * 300, *(f"n{i}" for i in range(60))]
 NUMBERS = [0, -1, 2**63 - 1, -(2**63), 2**32, *range(7, 70)]
@@ -276,7 +277,7 @@ class TableMachine(RuleBasedStateMachine):
             assert torch.equal(bits(listed[:, 1:]), bits(scores.masked_fill(~there, -torch.inf)))
 
             options = (None, "max", there, None, torch.tensor(1.0), "reference")
-            plain = ops.log_partition(self.queries, items, bias, scale, None, 0, *[None] * 4, 0, *options)
+            plain = ops.log_partition(self.queries, *Serving(items, bias, scale), *options)
             assert torch.equal(bits(log_partition(self.queries, table)), bits(plain))
         self.check_what_it_says(there)
         self.check_names(there)

@@ -5,6 +5,7 @@ import torch
 from support import REDUCTIONS, assert_same_bits
 
 from urm_kernels import score_topk
+from urm_kernels.table import Serving
 from urm_kernels.testing import make_items, make_queries
 
 OPTIONS = {
@@ -44,7 +45,7 @@ def test_opcheck_of_the_forward(opcheck, backend, device, names, differentiable)
             given["bias"] = given["bias"].clone().requires_grad_()
     op = torch.ops.urm_kernels.score_topk if differentiable else torch.ops.urm_kernels.score_topk_no_grad
     filters = (given["mask"], given["exclude"])
-    table = (items, given["bias"], None, None, 0, *[None] * 4, 0)
+    table = Serving(items, given["bias"])
     opcheck(op.default, (queries, *table, 4, given["query_mask"], "max", *filters, True, False, backend))
 
 

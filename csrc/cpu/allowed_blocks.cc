@@ -9,7 +9,7 @@
 namespace urm {
 namespace {
 
-constexpr int64_t kMostDense = 16;      // rows a row that a mask allows: with more of these, few blocks have none
+constexpr int64_t kMostDense = 16;  // rows a row that a mask allows: with more of these, few blocks have none
 constexpr int64_t kRowsAtOnce = 1 << 16;
 
 // Calls use(row) for the rows of [begin, end) that the masks allow to a user; begin is a multiple of 64.

@@ -10,12 +10,12 @@
 namespace urm {
 namespace {
 
-constexpr int64_t kSampleStep = 16;       // of blocks of cells; their bounds are 0.1 % of a scan
-constexpr int64_t kFewestSampled = 8;     // blocks of cells
-constexpr double kMostLeft = 0.9;         // of the pairs (user, cell): more, and the level does not pay
-constexpr int64_t kRoom = 2;              // for as many as are wanted: these are cut back less often
-constexpr double kPassCost = 4;           // of sums of codes that lie apart
-constexpr double kPairCost = 64;          // of scoring a pair by itself, in sums of its codes
+constexpr int64_t kSampleStep = 16;    // of blocks of cells; their bounds are 0.1 % of a scan
+constexpr int64_t kFewestSampled = 8;  // blocks of cells
+constexpr double kMostLeft = 0.9;      // of the pairs (user, cell): more, and the level does not pay
+constexpr int64_t kRoom = 2;           // for as many as are wanted: these are cut back less often
+constexpr double kPassCost = 4;        // of sums of codes that lie apart
+constexpr double kPairCost = 64;       // of scoring a pair by itself, in sums of its codes
 // Cells scanned first: so many beside those that k rows fill, of which as many: not all rows of a promising cell are
 // good. And no more than one of so many, or a few, in a small table.
 constexpr int64_t kMoreCells = 128;
@@ -149,7 +149,8 @@ int64_t promising_rows(int64_t k) {
 
 // Tasks dealt to threads, each with a scanner of its own.
 template <class Task>
-void each_task(Group& group, int threads, std::vector<Workspace>& work, TopKResults& results, int64_t tasks, Task task) {
+void each_task(Group& group, int threads, std::vector<Workspace>& work, TopKResults& results, int64_t tasks,
+               Task task) {
   std::atomic<int64_t> next{0};
   run_parallel(static_cast<int>(std::clamp<int64_t>(tasks, 1, threads)), [&](int slot) {
     const DefaultFloatEnvironment environment;

@@ -11,8 +11,8 @@
 namespace urm {
 
 // Bounds of all cells for the group's users, if the table has cells and these rule out enough, which a sample of them
-// decides. They are in group.cell_bounds then, and thresholds, which the best rows of the most promising cells reach, in
-// `results`.
+// decides. They are in group.cell_bounds then, and thresholds, which the best rows of the most promising cells reach,
+// in `results`.
 void use_cells(const TopKRequest& request, Group& group, std::vector<Workspace>& work, TopKResults& results);
 
 // Upper bounds of every cell's rows, [cells][users].

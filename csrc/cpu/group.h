@@ -46,7 +46,7 @@ struct Group {
   bool permuted = false;     // rows are met in the order of their codes
   AllowedBlocks blocks{};
   AlignedVector<float> cell_bounds{};  // [cells][users]; empty where cells are not asked
-  AlignedVector<int64_t> replaced{};  // places of rows that have been, ascending: their codes may be changing
+  AlignedVector<int64_t> replaced{};   // places of rows that have been, ascending: their codes may be changing
   int threads = 1;
   int64_t chunk_rows = 0;  // handed out at a time
   int64_t chunks = 0;

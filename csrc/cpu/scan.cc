@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kGroupBufferBytes = 64 << 20;  // running top-k buffers of a group, and its bounds of cells
 
-constexpr int64_t kFewRows = 1 << 16;    // no more rows than all threads can keep in their caches
+constexpr int64_t kFewRows = 1 << 16;   // no more rows than all threads can keep in their caches
 constexpr int64_t kGroupsOfThread = 2;  // fewer, and some thread has nothing to do at the end
 
 // A user's keys, cut to k and written out. Returns whether these are certainly the k best: none was missed that reaches

@@ -118,7 +118,8 @@ class TopKResults {
   double together(int slot, TopKBuffer& buffer, int64_t chunks) {
     int32_t* of_chunk = of_chunk_.data() + slot * group_.chunks;
     std::fill(of_chunk, of_chunk + group_.chunks, 0);
-    for (int64_t i = 0; i < buffer.size(); ++i) ++of_chunk[group_.place_of(key_row(buffer.keys()[i])) / group_.chunk_rows];
+    for (int64_t i = 0; i < buffer.size(); ++i)
+      ++of_chunk[group_.place_of(key_row(buffer.keys()[i])) / group_.chunk_rows];
     double squares = 0;
     for (int64_t chunk = 0; chunk < group_.chunks; ++chunk)
       squares += static_cast<double>(of_chunk[chunk]) * of_chunk[chunk];

@@ -73,8 +73,8 @@ const void* bfloat16_tile_of(const Group& group, Workspace& work, int64_t place,
   if (group.permuted) fetch_rows(group, place + kLanes, kLanes);
   *stride_bytes = row_bytes;
   for (int64_t i = 0; i < kLanes; ++i)
-    std::memcpy(work.cheap_rows.data() + i * row_bytes,
-                from[i] ? from[i] : row_address(items, group.row_at(place + i)), row_bytes);
+    std::memcpy(work.cheap_rows.data() + i * row_bytes, from[i] ? from[i] : row_address(items, group.row_at(place + i)),
+                row_bytes);
   return work.cheap_rows.data();
 }
 
@@ -186,7 +186,8 @@ const float* row_scale_of(const Group& group, Workspace& work, int64_t place, in
 
 Ahead memory_of(const Group& group, int64_t row, int64_t count) {
   const MatrixView& items = group.request.items;
-  if (group.permuted || items.column_stride != 1 || items.row_stride != items.columns || row + count > items.rows) return {nullptr, 0};
+  if (group.permuted || items.column_stride != 1 || items.row_stride != items.columns || row + count > items.rows)
+    return {nullptr, 0};
   const int64_t row_bytes = items.columns * element_bytes(items.dtype);
   if (items.rows * row_bytes <= kCachedBytes) return {nullptr, 0};
   return {row_address(items, row), count * row_bytes / kCacheLine};
