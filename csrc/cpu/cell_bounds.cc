@@ -19,8 +19,8 @@ constexpr double kPairCost = 64;       // of scoring a pair by itself, in sums o
 // Cells scanned first: so many beside those that k rows fill, of which as many: not all rows of a promising cell are
 // good. And no more than one of so many, or a few, in a small table.
 constexpr int64_t kMoreCells = 128;
-constexpr int64_t kCellsFor = 40;
-constexpr int64_t kCellsOfOne = 32;
+constexpr int64_t kCellsFor = 128;
+constexpr int64_t kCellsOfOne = 16;
 constexpr int64_t kFewestCells = 16;
 
 // Of sums for so many rows.
