@@ -202,13 +202,13 @@ def alive(bits: Tensor | None, rows: int) -> None:
         raise ValueError(f"alive: uint8 of shape [{(rows + 7) // 8}] is wanted, {bits.dtype} {_shape(bits)} came")
 
 
-def codes(blocks: Tensor | None, items: Tensor) -> None:
+def codes(blocks: Tensor | None, fine: Tensor | None, items: Tensor) -> None:
     """The codes of a table, which no other tensors must have replaced."""
     if blocks is None:
         return
     rows, r = items.shape
-    wanted = [formats.block_bytes(r, bits) for bits in (4, 8)]
-    if blocks.shape[0] != rows // formats.BLOCK or blocks.shape[1] not in wanted or blocks.dtype != torch.uint8:
+    fits = formats.are_shapes(blocks.shape[1], None if fine is None else fine.shape[1], r)
+    if blocks.shape[0] != rows // formats.BLOCK or not fits or blocks.dtype != torch.uint8:
         raise ValueError(f"codes: {blocks.dtype} {_shape(blocks)} are no codes of {rows} rows of width {r}")
 
 

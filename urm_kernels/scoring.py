@@ -219,7 +219,7 @@ def _common(queries, items, projection, query_mask, reduce, bias) -> tuple[Servi
         checks.width("items", table.items, queries)
         checks.per_row("row_scale", table.row_scale, table.items.shape[0], queries.device)
         checks.alive(table.alive, table.items.shape[0])
-        checks.codes(table.code_blocks, table.items)
+        checks.codes(table.code_blocks, table.code_fine, table.items)
     else:
         table = Serving(as_tensor("items", items), bias)
         queries = checks.queries(queries, projection)

@@ -17,9 +17,9 @@ from .backends.codes import BLOCK, Codes
 from .freshness import MadeFrom
 from .updates import UpdateLog
 
-Kind = Literal["int4", "int8"]
+Kind = Literal["int2", "int4", "int8"]
 
-KINDS: tuple[tuple[Kind, ...], ...] = (("int4",), ("int8",), ("int4", "int8"))
+KINDS: tuple[tuple[Kind, ...], ...] = (("int4",), ("int8",), ("int4", "int8"), ("int2", "int4"))
 CODE_PARTS = ("code_rotation", "code_reference", "code_blocks", "code_fine")
 _ROWS_AT_ONCE = 1 << 18  # encoded between two steps of the progress bar
 _PACKABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
@@ -52,7 +52,7 @@ class PackableTable(nn.Module):
         """Makes codes of the rows, so that :func:`urm_kernels.score_topk` reads a fraction of the bytes; not one bit of
         its result changes. Returns the table.
 
-        Rows are rotated by three rounds of random signs and Hadamard matrices, and rounded to 4 or 8 bits; beside a
+        Rows are rotated by three rounds of random signs and Hadamard matrices, and rounded to 2, 4 or 8 bits; beside a
         code its scale is kept, and how much of the row's length it lost. A scan forms integer products of codes, adds
         the most that these can be wrong, and scores exactly only what may still win (docs/design.md has the proof).
         Sources: VA-file (Weber, Schek and Blott, VLDB 1998), RaBitQ (Gao and Long, SIGMOD 2024) for the rotation.
@@ -63,7 +63,9 @@ class PackableTable(nn.Module):
         Args:
             codes: ("int4",): r / 2 + 8 bytes a row, for widths that are multiples of 4. ("int8",): r + 8 bytes, fewer
                 rows left to score exactly. ("int4", "int8"): both, the 8-bit codes read for what the 4-bit ones leave;
-                worth it where many rows are close to the best ones.
+                worth it where many rows are close to the best ones. ("int2", "int4"): r / 4 + 8 bytes a row, for
+                widths that are multiples of 8, and r / 2 + 8 that are read for survivors: for ``recall`` below 1. Too
+                coarse for exact calls, which scan the rows themselves where 2 bits rule out too little.
             seed: of the rotation.
             progress: called with (rows done, rows in all), in place of a progress bar, which comes after two seconds on
                 a terminal where tqdm is installed.
@@ -144,7 +146,7 @@ class PackableTable(nn.Module):
         codes = self.codes()
         if codes is not None:
             with torch.no_grad():
-                encoder(items).encode_rows(items.detach(), row_scale, codes, rows)
+                encoder(items, codes).encode_rows(items.detach(), row_scale, codes, rows)
 
     def _codes_of_more(self, grown: Codes, items: Tensor, row_scale: Tensor | None, before: int) -> None:
         """Codes of the blocks that rows from `before` on have completed."""
@@ -154,7 +156,7 @@ class PackableTable(nn.Module):
         scale = None if row_scale is None else row_scale[part]
         with torch.no_grad():
             more = grown._replace(blocks=grown.blocks[first:], fine=fine)
-            encoder(items).encode_blocks(items[part], scale, more)
+            encoder(items, more).encode_blocks(items[part], scale, more)
 
     def _check_packable(self) -> None:
         dtype, width = self.factors.dtype, self.factors.shape[1]
@@ -165,7 +167,8 @@ class PackableTable(nn.Module):
 
 
 def _kinds_of(codes: Codes, r: int) -> tuple[str, ...]:
-    return (f"int{formats.bits_of(codes, r)}",) + (() if codes.fine is None else ("int8",))
+    bits = formats.bits_of(codes, r)
+    return (f"int{bits}",) + (() if codes.fine is None else (f"int{formats.fine_bits(bits)}",))
 
 
 def room_for(signs: Tensor, rows: int, r: int, kinds: tuple[str, ...]) -> Codes:
@@ -174,11 +177,11 @@ def room_for(signs: Tensor, rows: int, r: int, kinds: tuple[str, ...]) -> Codes:
 
     def room(*shape: int) -> Tensor:
         made = torch.empty(shape, dtype=torch.uint8, device=device)
-        if encoder(made) is cpu:
+        if cpu.why_not(device, ()) is None:
             cpu.ask_for_large_pages(made)
         return made
 
-    fine = room(blocks * BLOCK, formats.fine_bytes(r)) if len(kinds) == 2 else None
+    fine = room(blocks * BLOCK, formats.fine_bytes(r, int(kinds[1][3:]))) if len(kinds) == 2 else None
     return Codes(signs, torch.zeros(2, device=device), room(blocks, formats.block_bytes(r, int(kinds[0][3:]))), fine)
 
 
@@ -188,10 +191,11 @@ def checked_kinds(codes: Any) -> tuple[Kind, ...]:
     return tuple(codes)
 
 
-def encoder(items: Tensor) -> Any:
+def encoder(items: Tensor, codes: Codes) -> Any:
     """The backend that makes codes of these rows."""
+    bits = formats.bits_of(codes, items.shape[1])
     for backend in (cpu, cuda):
-        if backend.why_not(items.device, (items.dtype,)) is None:
+        if backend.why_not(items.device, (items.dtype,)) is None and bits in backend.CODE_BITS:
             return backend
     return reference
 
@@ -217,7 +221,7 @@ def encode(
                 blocks=codes.blocks[part.start // BLOCK : part.stop // BLOCK],
                 fine=None if codes.fine is None else codes.fine[part],
             )
-            encoder(items).encode_blocks(items[part], None if row_scale is None else row_scale[part], some)
+            encoder(items, some).encode_blocks(items[part], None if row_scale is None else row_scale[part], some)
             if progress is not None:
                 progress(part.stop, rows)
             if bar is not None:

@@ -57,7 +57,8 @@ const float* CodeScanner<Results>::bias_of_blocks(int64_t first_block, int64_t b
 
 template <class Results>
 void CodeScanner<Results>::sum_blocks(int64_t user, int64_t first_block, int64_t blocks, Ahead ahead) {
-  const auto largest = codes_.bits == 4 ? kernels_.codes->largest4 : kernels_.codes->largest8;
+  const CodeSums& sums = *kernels_.codes;
+  const auto largest = codes_.bits == 2 ? sums.largest2 : codes_.bits == 4 ? sums.largest4 : sums.largest8;
   const int64_t quads = quads_of(r_), at = queries_.first_group[user] * kLanes;
   const int64_t stride = step_ * block_bytes(r_, codes_.bits);
   largest(codes_.blocks + first_block * stride, stride, blocks, quads, queries_.codes.data() + at * quads * kQuad,
@@ -121,7 +122,7 @@ void CodeScanner<Results>::keep(const Survivor& survivor) {
     rescore(work_.survivors);
   }
   work_.survivors.push_back(survivor);
-  if (codes_.fine) fetch(codes_.fine + survivor.row * fine_row_bytes(r_), fine_row_bytes(r_));
+  if (codes_.fine) fetch(codes_.fine + survivor.row * fine_row_bytes(r_, codes_.bits), fine_row_bytes(r_, codes_.bits));
   else if (group_.packed.total == group_.users) fetch_row(survivor.row);
 }
 
@@ -203,13 +204,23 @@ template <class Results>
 CodedRow CodeScanner<Results>::coded_row(int64_t row) {
   const int64_t quads = quads_of(r_);
   if (codes_.fine) {
-    const char* fine = codes_.fine + row * fine_row_bytes(r_);
-    counts_.bytes += fine_row_bytes(r_);
+    const char *fine = codes_.fine + row * fine_row_bytes(r_, codes_.bits),
+               *side = fine + fine_code_bytes(r_, codes_.bits);
+    counts_.bytes += fine_row_bytes(r_, codes_.bits);
     CodedRow out{reinterpret_cast<const uint8_t*>(fine), 0, 0, 0};
+    if (fine_bits(codes_.bits) == 4) {
+      for (int64_t q = 0; q < quads; ++q) {
+        uint16_t pair;
+        std::memcpy(&pair, fine + q * sizeof pair, sizeof pair);
+        const uint32_t quad = unpacked_quad(pair);
+        std::memcpy(work_.row_codes.data() + q * kQuad, &quad, sizeof quad);
+      }
+      out.codes = work_.row_codes.data();
+    }
     uint16_t lost, norm;
-    std::memcpy(&out.scale, fine + quads * kQuad, sizeof out.scale);
-    std::memcpy(&lost, fine + quads * kQuad + 4, sizeof lost);
-    std::memcpy(&norm, fine + quads * kQuad + 6, sizeof norm);
+    std::memcpy(&out.scale, side, sizeof out.scale);
+    std::memcpy(&lost, side + 4, sizeof lost);
+    std::memcpy(&norm, side + 6, sizeof norm);
     out.lost = value_of_half(lost), out.norm = value_of_half(norm);
     return out;
   }

@@ -65,7 +65,8 @@ QueryCodes encode_queries(const PackedQueries& packed, int64_t users, int64_t pa
   }
   const float lost_reference = usable_reference(codes.lost_reference, codes);
   const float norm_reference = usable_reference(codes.norm_reference, codes);
-  const int64_t scan_offset = code_offset(codes.bits), row_offset = codes.fine ? code_offset(8) : scan_offset;
+  const int64_t scan_offset = code_offset(codes.bits);
+  const int64_t row_offset = codes.fine ? code_offset(fine_bits(codes.bits)) : scan_offset;
   for (int64_t user = 0; user < users; ++user) {
     const int64_t first = packed.start[user], count = packed.start[user + 1] - first;
     const float* mine = queries.data() + first * padded;

@@ -74,7 +74,7 @@ __device__ inline RowCode encode_row(const float* x, int lane, int r, float larg
     const float lost = fused_multiply_add(-scale, code_of(x[e], inverse, most), x[e]);
     rest = fused_multiply_add(lost, lost, rest);
   }
-  const EncodedSide made = encoded_side(largest_before, exponent, squares, sum_of_row(rest), scale, r);
+  const EncodedSide made = encoded_side(largest_before, exponent, squares, sum_of_row(rest), scale, r, bits);
   return {inverse, most, made.side, made.kept};
 }
 
@@ -147,7 +147,7 @@ __global__ void encode_rows(Table table, Rotation rotation, int64_t bits_wanted,
     const bool writes = live && row < coded;
     if (fine) {
       const RowCode code = encode_row(x, lane, r, before, largest * exponent.inverse, exponent, 8);
-      unsigned char* out = fine + row * fine_row_bytes(r);
+      unsigned char* out = fine + row * fine_row_bytes(r, 4);
       for (int quad = 0; quad < quads; ++quad) {
         const uint32_t word = quad_of_row(x, lane, r, code, 8, quad);
         if (writes && lane == quad % kRowLanes) *reinterpret_cast<uint32_t*>(out + quad * kQuad) = word;

@@ -40,7 +40,7 @@ struct ScanCall {
 template <int kBits>
 __device__ __forceinline__ uint32_t signed_quad(const Codes& codes, int64_t r, int64_t row, int64_t quad) {
   if (codes.fine)
-    return *reinterpret_cast<const uint32_t*>(codes.fine + row * fine_row_bytes(r) + quad * kQuad) ^ 0x80808080u;
+    return *reinterpret_cast<const uint32_t*>(codes.fine + row * fine_row_bytes(r, 4) + quad * kQuad) ^ 0x80808080u;
   const unsigned char* block = codes.blocks + row / kBlockRows * block_bytes(r, kBits);
   const int64_t in_block = row % kBlockRows;
   const uint32_t word = *reinterpret_cast<const uint32_t*>(block + code_place(in_block, quad * kQuad, kBits));
@@ -53,7 +53,7 @@ __device__ inline RowSide side_of(const Codes& codes, int64_t r, int64_t row) {
   if (!codes.fine)
     return side_of_row(reinterpret_cast<const char*>(codes.blocks) + row / kBlockRows * block_bytes(r, kBits),
                        block_code_bytes(r, kBits), row % kBlockRows);
-  const unsigned char* side = codes.fine + row * fine_row_bytes(r) + quads_of(r) * kQuad;
+  const unsigned char* side = codes.fine + row * fine_row_bytes(r, 4) + quads_of(r) * kQuad;
   return {*reinterpret_cast<const float*>(side), *reinterpret_cast<const uint16_t*>(side + 4),
           *reinterpret_cast<const uint16_t*>(side + 6)};
 }

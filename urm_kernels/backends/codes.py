@@ -19,7 +19,7 @@ class Codes(NamedTuple):
 
     rotation: float32 [steps, p], random signs. reference: float32 [2], of lost and norm: what most rows exceed.
     blocks: uint8 [N // 32, bytes of a block]; the last N % 32 rows have no codes. fine: uint8 [N // 32 * 32, bytes of a
-    row] or None, 8-bit codes for the survivors of 4-bit ones.
+    row] or None, 8-bit codes for the survivors of 4-bit ones, 4-bit ones for those of 2-bit ones.
     """
 
     rotation: Tensor
@@ -33,16 +33,33 @@ def quads(r: int) -> int:
 
 
 def block_bytes(r: int, bits: int) -> int:
-    return quads(r) * QUAD * BLOCK * bits // 8 + BLOCK * SIDE_BYTES
+    together = 2 if bits == 2 else 1  # quads
+    return -(-quads(r) // together) * together * QUAD * BLOCK * bits // 8 + BLOCK * SIDE_BYTES
 
 
-def fine_bytes(r: int) -> int:
-    return quads(r) * QUAD + SIDE_BYTES
+def fine_bits(bits: int) -> int:
+    """Of the codes beside those of `bits`."""
+    return 4 if bits == 2 else 8
+
+
+def fine_bytes(r: int, bits: int) -> int:
+    """Of a row of fine codes of `bits`."""
+    return quads(r) * QUAD * bits // 8 + SIDE_BYTES
 
 
 def bits_of(codes: Codes, r: int) -> int:
-    """4 or 8, of the blocks."""
+    """2, 4 or 8, of the blocks. 2 bits, whose blocks of up to four elements are as large as those of 4 bits, come with
+    fine codes of 4 bits, and nothing else does."""
+    if codes.fine is not None and codes.fine.shape[1] == fine_bytes(r, 4):
+        return 2
     return 4 if codes.blocks.shape[1] == block_bytes(r, 4) else 8
+
+
+def are_shapes(blocks: int, fine: int | None, r: int) -> bool:
+    """Whether some kind of codes has blocks and fine rows of so many bytes."""
+    if fine is None:
+        return blocks in (block_bytes(r, 4), block_bytes(r, 8))
+    return (blocks, fine) in [(block_bytes(r, bits), fine_bytes(r, fine_bits(bits))) for bits in (2, 4)]
 
 
 def hadamard_size(r: int) -> int:
