@@ -145,6 +145,14 @@ def flag(name: str, value: bool) -> None:
         raise TypeError(f"{name}: True or False is wanted, {value!r} came")
 
 
+def recall(recall: float) -> float:
+    if not isinstance(recall, numbers.Real) or isinstance(recall, bool):
+        raise TypeError(f"recall: a number above 0 and at most 1 is wanted, {recall!r} came")
+    if not 0 < recall <= 1:
+        raise ValueError(f"recall: a number above 0 and at most 1 is wanted, {recall} came")
+    return float(recall)
+
+
 def backend(backend: str | None) -> str:
     """The name, "" for a free choice; which names there are is the op's to know."""
     if backend is not None and not isinstance(backend, str):

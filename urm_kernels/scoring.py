@@ -56,12 +56,14 @@ def score_topk(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     exclude: Tensor | None = None,
+    recall: float = 1.0,
     sorted: bool = True,
     sparse_grad: bool = False,
     return_stats: bool = False,
     backend: str | None = None,
 ) -> TopK:
-    """The k items of the largest ``reduce_m(queries[b, m] . items[i]) + bias[i]``, exactly, for every user b.
+    """The k items of the largest ``reduce_m(queries[b, m] . items[i]) + bias[i]``, for every user b; exactly, unless
+    ``recall`` is below 1.
 
     Equals, up to rounding and with ties broken by the lower row::
 
@@ -90,6 +92,14 @@ def score_topk(
             lowest bit first.
         exclude: int64 [B, E] rows that user b must not get; -1 pads. Rows that do not exist raise on the CPU; on other
             devices they exclude nothing, since looking would be waiting.
+        recall: the expected share of the exact k best that is returned, above 0 and at most 1. Below 1 the codes of a
+            packed table rule rows out by probable bounds: at a threshold that is guessed before the scan, a row that
+            reaches it is lost with a probability of at most 1 - recall, over queries, given the table's rotation. A
+            query that was made from the table's own codes has no such promise. What is returned is scored exactly,
+            does not depend on threads, batch or instruction set, and is exact (``ScanStats.proven``) where probable
+            bounds cannot win: on tables without codes, of fewer than 65,536 rows or 16 elements, while rows are being
+            replaced, for users for whom they rule out too little or whose threshold is refuted, and by the other
+            backends than "cpu". On codes of 4 or 8 bits few rows are saved; its speed comes with ("int2", "int4").
         sorted: False leaves the order within the k open.
         sparse_grad: the gradient of ``items`` is a coalesced COO tensor that holds the rows returned only.
         return_stats: also return :class:`ScanStats`: what was read, what survived the bounds.
@@ -111,12 +121,12 @@ def score_topk(
     checks.flag("sorted", sorted)
     checks.flag("sparse_grad", sparse_grad)
     checks.flag("return_stats", return_stats)
-    options = (query_mask, reduce, mask, exclude, sorted, sparse_grad, checks.backend(backend))
+    options = (query_mask, reduce, mask, exclude, sorted, sparse_grad, checks.recall(recall), checks.backend(backend))
     scores, ids, *counts = ops.score_topk(queries, *table, k, *options, counted=return_stats)
     if not return_stats:
         return TopK(scores, ids)
-    proven = torch.ones(users, dtype=torch.bool, device=ids.device)
-    return TopK(scores, ids), ScanStats(counts[0][0], counts[0][1:], proven)  # type: ignore[return-value]  # as asked
+    did, proven = counts
+    return TopK(scores, ids), ScanStats(did[0], did[1:], proven)  # type: ignore[return-value]  # as asked
 
 
 def score_candidates(

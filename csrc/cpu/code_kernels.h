@@ -17,8 +17,8 @@ struct EncodedRows {
   uint16_t lost[kLanes], norm[kLanes];
 };
 
-// A user's side of the bound (csrc/common/codes.h): b, the largest g and f, and the table's constants, whose part of
-// the bound stands in the sums' start.
+// A user's side of the bound (csrc/common/codes.h): b, the largest g and f (a share of them where bounds are probable),
+// and the table's constants, whose part of the bound stands in the sums' start.
 struct CodeBound {
   float step, kept, lost;
   float error;  // code_error (g + f)

@@ -76,8 +76,8 @@ void CodeScanner<Results>::prune(int64_t user, int64_t first_block, int64_t bloc
   const int64_t stride = step_ * block_bytes(r_, codes_.bits);
   kernels_.prune_codes(work_.largest_sums.data(), groups_of(user),
                        codes_.blocks + first_block * stride + block_code_bytes(r_, codes_.bits), stride, blocks,
-                       queries_.bounds[user], relative, offset, bias, results_.threshold(slot_, user), bounds,
-                       survivors);
+                       queries_.bounds[user], relative, offset, bias,
+                       probable() ? group_.least[user] : results_.threshold(slot_, user), bounds, survivors);
 }
 
 template <class Results>
@@ -85,6 +85,41 @@ void CodeScanner<Results>::bounds_of_block(int64_t user, int64_t block, float* b
   sum_blocks(user, block, 1, Ahead{nullptr, 0});
   uint32_t survivors;
   prune(user, block, 1, nullptr, bounds, &survivors);
+}
+
+template <class Results>
+uint32_t CodeScanner<Results>::reach_of_block(int64_t user, int64_t block) {
+  float bounds[kBlockRows], bias[kBlockRows];
+  uint32_t survivors;
+  if (request_.bias.data) kernels_.widen(part_of(request_.bias, block * kBlockRows, kBlockRows), kBlockRows, bias);
+  sum_blocks(user, block, 1, Ahead{nullptr, 0});
+  prune(user, block, 1, request_.bias.data ? bias : nullptr, bounds, &survivors);
+  return survivors;
+}
+
+template <class Results>
+bool CodeScanner<Results>::admits(int64_t user, int64_t row) {
+  return (reach_of_block(user, row / kBlockRows) >> row % kBlockRows & 1) && fine_reaches(user, row);
+}
+
+// Whether a row's probable bound from its fine code, where there is one, reaches what it has to.
+template <class Results>
+bool CodeScanner<Results>::fine_reaches(int64_t user, int64_t row) {
+  if (!codes_.fine) return true;
+  float* bounds = work_.row_bounds.data();
+  bounds_of_row(user, row, ~uint64_t{0}, bounds, true);
+  return !(bound_of_score(user, bounds, bias_of_row(row)) < group_.least[user]);
+}
+
+// The bound of a row's score from those of all of the user's queries.
+template <class Results>
+float CodeScanner<Results>::bound_of_score(int64_t user, const float* bounds, float bias) const {
+  const int64_t queries = group_.packed.start[user + 1] - group_.packed.start[user];
+  const float largest = *std::max_element(bounds, bounds + queries);
+  if (request_.reduce != Reduce::kLogSumExp) return largest + bias;
+  float relative, offset;
+  log_sum_exp_excess(queries, &relative, &offset);
+  return fused_multiply_add(std::fabs(largest), relative, largest) + offset + bias;
 }
 
 template <class Results>
@@ -99,7 +134,8 @@ template <class Results>
 uint64_t CodeScanner<Results>::groups_that_reach(int64_t user, int64_t row, int64_t i, int64_t rows,
                                                  float bound) const {
   const int64_t groups = groups_of(user);
-  if (groups == 1 || request_.reduce == Reduce::kLogSumExp) return ~uint64_t{0};
+  // A probable bound says which rows to score, not which queries make their scores.
+  if (groups == 1 || probable() || request_.reduce == Reduce::kLogSumExp) return ~uint64_t{0};
   const int32_t* sums = work_.largest_sums.data() + i;
   int64_t largest = sums[0];
   for (int64_t g = 1; g < groups; ++g) largest = std::max<int64_t>(largest, sums[g * rows]);
@@ -126,7 +162,7 @@ void CodeScanner<Results>::keep(const Survivor& survivor) {
   else if (group_.packed.total == group_.users) fetch_row(survivor.row);
 }
 
-// Scores pairs, and forgets them. Bounds are compared again: thresholds may have risen.
+// Scores pairs, and forgets them. Certain bounds are compared again: thresholds may have risen.
 template <class Results>
 void CodeScanner<Results>::rescore(AlignedVector<Survivor>& pairs) {
   const int64_t most = static_cast<int64_t>(work_.chosen.size()) / kRescoreBatch;
@@ -135,7 +171,7 @@ void CodeScanner<Results>::rescore(AlignedVector<Survivor>& pairs) {
     int64_t taken = 0;
     for (; next < pairs.size() && taken < kRescoreBatch; ++next) {
       const Survivor& pair = pairs[next];
-      if (pair.bound < results_.threshold(slot_, pair.user)) continue;
+      if (!probable() && pair.bound < results_.threshold(slot_, pair.user)) continue;
       const int64_t count = choose(pair, work_.chosen.data() + taken * most);
       if (!count) continue;
       fetch_row(pair.row);
@@ -160,8 +196,10 @@ int64_t CodeScanner<Results>::groups_of(int64_t user) const {
 }
 
 template <class Results>
-void CodeScanner<Results>::bounds_of_row(int64_t user, int64_t row, uint64_t groups, float* bounds) {
+void CodeScanner<Results>::bounds_of_row(int64_t user, int64_t row, uint64_t groups, float* bounds, bool likely) {
   const int64_t quads = quads_of(r_), first = queries_.first_group[user];
+  const AlignedVector<float>& kept = likely ? queries_.likely_kept : queries_.kept;
+  const AlignedVector<float>& lost = likely ? queries_.likely_lost : queries_.lost;
   const CodedRow coded = coded_row(row);
   for (int64_t g = 0; g < groups_of(user); ++g) {
     if (!is_among(groups, g)) continue;
@@ -169,7 +207,7 @@ void CodeScanner<Results>::bounds_of_row(int64_t user, int64_t row, uint64_t gro
     int32_t sums[kLanes];
     kernels_.codes->of_row(coded.codes, quads, queries_.codes.data() + at * quads * kQuad,
                            queries_.row_starts.data() + at, 1, sums);
-    kernels_.bounds_of_queries(sums, queries_.kept.data() + at, queries_.lost.data() + at, coded, queries_.bounds[user],
+    kernels_.bounds_of_queries(sums, kept.data() + at, lost.data() + at, coded, queries_.bounds[user],
                                bounds + g * kLanes);
   }
 }
@@ -179,7 +217,8 @@ void CodeScanner<Results>::bounds_of_row(int64_t user, int64_t row, uint64_t gro
 template <class Results>
 int64_t CodeScanner<Results>::choose(const Survivor& pair, int32_t* chosen) {
   const int64_t queries = group_.packed.start[pair.user + 1] - group_.packed.start[pair.user];
-  if (queries == 1 && !codes_.fine) {
+  if (probable() && !fine_reaches(pair.user, pair.row)) return 0;
+  if (queries == 1 && (probable() || !codes_.fine)) {
     chosen[0] = 0;
     return 1;
   }
@@ -193,11 +232,7 @@ int64_t CodeScanner<Results>::choose(const Survivor& pair, int32_t* chosen) {
         if (!(bounds[m] + bias < threshold)) chosen[count++] = static_cast<int32_t>(m);
     return count;
   }
-  const float largest = *std::max_element(bounds, bounds + queries);
-  float relative, offset;
-  log_sum_exp_excess(queries, &relative, &offset);
-  const float bound = fused_multiply_add(std::fabs(largest), relative, largest) + offset + bias;
-  return bound < threshold ? 0 : queries;
+  return bound_of_score(pair.user, bounds, bias) < threshold ? 0 : queries;
 }
 
 template <class Results>

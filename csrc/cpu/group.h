@@ -42,6 +42,9 @@ struct Group {
   GroupBounds bounds{};
   bool guess = false;        // thresholds, as the scan goes on
   QueryCodes query_codes{};  // empty where the table's codes are of no use, or it has none
+  // [users], where bounds are probable: what these have to reach, whatever is found meanwhile. The rows that do are
+  // the same for any order and number of threads.
+  AlignedVector<float> least{};
   int threads = 1;
   int64_t chunk_rows = 0;  // handed out at a time
   int64_t chunks = 0;

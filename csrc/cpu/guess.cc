@@ -13,12 +13,15 @@
 namespace urm {
 namespace {
 
-constexpr int64_t kStep = 256;            // of the sample: its exact scores cost 0.4 % of an exact scan
-constexpr int64_t kFewestRows = 1 << 16;  // a sample of 256
-constexpr int64_t kFewestResults = 512;   // below, the running threshold is soon as good as a guess from two rows
-constexpr int64_t kBlockStep = 64;        // of a sample of blocks: their codes are 1.6 % of all
-constexpr int64_t kFirstRows = 512;       // scored before, without codes, for a threshold of that sample
-constexpr double kMostTogether = 4;       // rows of a block on average among the best; more, and there is no guess
+constexpr int64_t kStep = 256;                  // of the sample: its exact scores cost 0.4 % of an exact scan
+constexpr int64_t kFewestRows = 1 << 16;        // a sample of 256
+constexpr int64_t kFewestResults = 512;         // below, the running threshold is soon as good as a guess from two rows
+constexpr int64_t kBlockStep = 64;              // of a sample of blocks: their codes are 1.6 % of all
+constexpr int64_t kFirstRows = 512;             // scored before, without codes, for a threshold of that sample
+constexpr int64_t kFirstRowsOfProbable = 2048;  // likewise for probable bounds, which see no better one meanwhile
+constexpr int64_t kTriedBlocks = 32;            // and what these leave of so many blocks
+constexpr int64_t kFewestRuledOut = 8;          // is to be one row in so many at most
+constexpr double kMostTogether = 4;  // rows of a block on average among the best; more, and there is no guess
 
 // The exact score at `rank` among every step-th row.
 AlignedVector<float> score_at_rank(const ScanRequest& request, int64_t first, int64_t last, int64_t step,
@@ -51,6 +54,15 @@ double rows_together(const uint64_t* keys, int64_t count) {
   std::sort(blocks.begin(), blocks.end());
   const auto different = std::unique(blocks.begin(), blocks.end()) - blocks.begin();
   return static_cast<double>(count) / std::max<double>(1, static_cast<double>(different));
+}
+
+// From the `most` best rows of a sample of blocks, in which `expected` of the k best are; -inf where these are too few.
+float guess_from(TopKBuffer& best, int64_t most, double expected) {
+  uint64_t* keys = best.keys();
+  const int64_t found = std::min(most, best.size());
+  std::partial_sort(keys, keys + found, keys + best.size(), std::greater<uint64_t>());
+  const int64_t rank = rank_in_part(expected, rows_together(keys, found));
+  return rank <= found ? key_score(keys[rank - 1]) : -std::numeric_limits<float>::infinity();
 }
 
 }  // namespace
@@ -97,15 +109,46 @@ AlignedVector<float> guess_by_codes(const TopKRequest& request, Group& group, st
   });
   // Codes rule out too little: a pair by itself costs as much as several in passing.
   if (hopeless.load()) return guess_thresholds(request, group.first_user, last_user);
-  AlignedVector<float> guesses(group.users, -std::numeric_limits<float>::infinity());
-  for (int64_t user = 0; user < group.users; ++user) {
-    TopKBuffer& best = results.best(user);
-    uint64_t* keys = best.keys();
-    const int64_t found = std::min(most, best.size());
-    std::partial_sort(keys, keys + found, keys + best.size(), std::greater<uint64_t>());
-    const int64_t rank = rank_in_part(expected, rows_together(keys, found));
-    if (rank <= found) guesses[user] = key_score(keys[rank - 1]);
+  AlignedVector<float> guesses(group.users);
+  for (int64_t user = 0; user < group.users; ++user) guesses[user] = guess_from(results.best(user), most, expected);
+  return guesses;
+}
+
+AlignedVector<float> guess_for_probable_bounds(const TopKRequest& request, Group& group, std::vector<Workspace>& work) {
+  constexpr float kNone = -std::numeric_limits<float>::infinity();
+  const int64_t blocks = request.codes.count / kBlockStep, users = group.users;
+  AlignedVector<float> guesses(users, kNone);
+  if (request.items.rows < kFewestRows || !request.k || request.k > request.items.rows / 2) return guesses;
+  const double expected = static_cast<double>(request.k) * (blocks * kBlockRows) / request.items.rows;
+  const int64_t most = rank_in_part(expected, kMostTogether), step = request.items.rows / kFirstRowsOfProbable;
+  const double share = static_cast<double>(most) / static_cast<double>(blocks * kBlockRows);
+  const int64_t rank = rank_in_part(share * static_cast<double>(request.items.rows / step), 1);
+  group.least = score_at_rank(request, group.first_user, group.first_user + users, step, rank);
+
+  TopKResults results(group, most, topk_buffer_capacity(most, request.items.rows));
+  CodeScanner<TopKResults> trial(group, work[0], results, 0);
+  for (int64_t user = 0; user < users; ++user) {
+    int64_t left = 0;
+    for (int64_t i = 0; i < kTriedBlocks && group.least[user] > kNone; ++i)
+      left += __builtin_popcount(trial.reach_of_block(user, i * request.codes.count / kTriedBlocks));
+    if (group.least[user] == kNone || left * kFewestRuledOut > kTriedBlocks * kBlockRows) group.least[user] = -kNone;
+    else results.raise_floor(user, lowest_key(group.least[user]));
   }
+  std::atomic<int64_t> next{0};
+  run_parallel(group.threads, [&](int slot) {
+    const DefaultFloatEnvironment environment;
+    CodeScanner<TopKResults> scanner(group, work[slot], results, slot, kBlockStep);
+    for (int64_t block; (block = next.fetch_add(kStretchBlocks, std::memory_order_relaxed)) < blocks;) {
+      results.adopt(slot);
+      scanner.scan(block, std::min(kStretchBlocks, blocks - block));
+      results.publish(slot);
+    }
+    scanner.finish();
+    results.publish(slot);
+    group.count(scanner.counts());
+  });
+  for (int64_t user = 0; user < users; ++user)
+    if (group.least[user] < -kNone) guesses[user] = guess_from(results.best(user), most, expected);
   return guesses;
 }
 

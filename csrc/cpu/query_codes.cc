@@ -59,7 +59,7 @@ QueryCodes encode_queries(const PackedQueries& packed, int64_t users, int64_t pa
     starts->resize(groups * kLanes);
     std::fill(starts->begin(), starts->end(), 0);
   }
-  for (auto* lengths : {&out.kept, &out.lost}) {
+  for (auto* lengths : {&out.kept, &out.lost, &out.likely_kept, &out.likely_lost}) {
     lengths->resize(groups * kLanes);
     std::fill(lengths->begin(), lengths->end(), 0.0f);
   }
@@ -92,15 +92,22 @@ QueryCodes encode_queries(const PackedQueries& packed, int64_t users, int64_t pa
       }
       out.kept[at] = static_cast<float>(std::sqrt(kept) * kGrowth) + kLeastKept;
       out.lost[at] = static_cast<float>(std::sqrt(lost) * kGrowth) + kLeastKept;
+      const double of_row = static_cast<double>(out.kept[at]) * lost_reference;
+      const double of_query = static_cast<double>(out.lost[at]) * norm_reference;
+      // Of a probable bound: standard deviations of two errors, which do not depend on each other.
       const double slack =
-          static_cast<double>(out.kept[at]) * lost_reference + static_cast<double>(out.lost[at]) * norm_reference;
+          codes.slack < 1 ? codes.slack * std::sqrt(of_row * of_row + of_query * of_query) : of_row + of_query;
       out.starts[at] = static_cast<int32_t>(std::ceil(slack / step * kGrowth) - scan_offset * sum);
       out.row_starts[at] = static_cast<int32_t>(-row_offset * sum);
       bound.kept = std::max(bound.kept, out.kept[at]);
       bound.lost = std::max(bound.lost, out.lost[at]);
+      out.likely_kept[at] = out.kept[at] * codes.fine_slack;
+      out.likely_lost[at] = out.lost[at] * codes.fine_slack;
     }
     if (!(bound.kept + bound.lost <= kLargestCodedLength)) return {};
     bound.error = code_error(r, rotation_roundings(codes.rotation)) * (bound.kept + bound.lost);
+    bound.kept *= codes.slack;
+    bound.lost *= codes.slack;
     out.bounds.push_back(bound);
   }
   return out;

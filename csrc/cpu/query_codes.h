@@ -16,18 +16,21 @@ struct Codes {
   const char* fine = nullptr;  // or null
   Rotation rotation;
   float lost_reference = 0, norm_reference = 0;
+  float slack = 1, fine_slack = 1;  // shares of the certain slack; below 1 bounds are probable
 
   int64_t rows() const { return count * kBlockRows; }
+  bool probable() const { return slack < 1 || fine_slack < 1; }
 };
 
 struct QueryCodes {
-  AlignedVector<int8_t> codes;         // [groups][quads][16][4], see CodeSums
-  AlignedVector<int32_t> starts;       // [groups * 16] of a scan's sums: slack, less offset * sum
-  AlignedVector<int32_t> row_starts;   // of one row's sums, which have no slack
-  AlignedVector<float> kept, lost;     // [groups * 16]
-  AlignedVector<int64_t> first_group;  // of each user
-  AlignedVector<CodeBound> bounds;     // likewise
-  int64_t most_groups = 0;             // of a user
+  AlignedVector<int8_t> codes;                    // [groups][quads][16][4], see CodeSums
+  AlignedVector<int32_t> starts;                  // [groups * 16] of a scan's sums: slack, less offset * sum
+  AlignedVector<int32_t> row_starts;              // of one row's sums, which have no slack
+  AlignedVector<float> kept, lost;                // [groups * 16]
+  AlignedVector<float> likely_kept, likely_lost;  // likewise, times fine_slack where bounds are probable
+  AlignedVector<int64_t> first_group;             // of each user
+  AlignedVector<CodeBound> bounds;                // likewise
+  int64_t most_groups = 0;                        // of a user
 
   bool empty() const { return bounds.empty(); }
 };

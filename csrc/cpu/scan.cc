@@ -31,14 +31,18 @@ bool write_user(const TopKRequest& request, const Group& group, TopKBuffer& best
   return best.floor() == kNoKey || (k == request.k && (!k || *std::min_element(keys, keys + k) >= best.floor()));
 }
 
+bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t padded, bool guess);
+
+// The same request with certain bounds.
+TopKRequest certain(const TopKRequest& request) {
+  TopKRequest out = request;
+  out.codes.slack = out.codes.fine_slack = 1;
+  return out;
+}
+
 // False when interrupted. Users whose guessed threshold is refuted are scanned again without one.
-bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t padded, bool guess) {
-  Group group(request, first, last, padded);
-  group.guess = guess && !group.query_codes.empty();
-  std::vector<Workspace> work = workspaces(group);
-  AlignedVector<float> guesses;
-  if (group.guess) guesses = guess_by_codes(request, group, work);
-  else if (guess && group.bounds.score) guesses = guess_thresholds(request, first, last);
+bool scan_with_guesses(const TopKRequest& request, Group& group, std::vector<Workspace>& work,
+                       const AlignedVector<float>& guesses) {
   const int64_t n = request.items.rows, k = std::min(request.k, n);
   TopKResults results(group, k, topk_buffer_capacity(k, n));
   for (int64_t user = 0; user < static_cast<int64_t>(guesses.size()); ++user)
@@ -50,9 +54,52 @@ bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t
     for (int64_t user; (user = next_user.fetch_add(1)) < group.users;)
       proven[user] = write_user(request, group, results.best(user), user);
   });
-  for (int64_t user = 0; user < group.users; ++user)
-    if (!proven[user] && !scan_group(request, first + user, first + user + 1, padded, false)) return false;
+  for (int64_t user = 0; user < group.users; ++user) {
+    const int64_t at = group.first_user + user;
+    if (request.proven) request.proven[at] = group.least.empty();
+    if (!proven[user] && !scan_group(certain(request), at, at + 1, group.padded, false)) return false;
+  }
   return true;
+}
+
+bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t padded, bool guess) {
+  Group group(request, first, last, padded);
+  group.guess = guess && !group.query_codes.empty();
+  std::vector<Workspace> work = workspaces(group);
+  AlignedVector<float> guesses;
+  if (group.guess) guesses = guess_by_codes(request, group, work);
+  else if (guess && group.bounds.score) guesses = guess_thresholds(request, first, last);
+  return scan_with_guesses(request, group, work, guesses);
+}
+
+// By probable bounds, and exactly for users whom these do not suit: their neighbours must not change what they get. So
+// a group that is of two kinds is taken apart, and one that has no codes because of some user's queries is halved.
+bool scan_probably(const TopKRequest& request, int64_t first, int64_t last, int64_t padded) {
+  Group group(request, first, last, padded);
+  if (group.query_codes.empty()) {
+    if (last - first == 1) return scan_group(certain(request), first, last, padded, true);
+    const int64_t middle = first + (last - first) / 2;
+    return scan_probably(request, first, middle, padded) && scan_probably(request, middle, last, padded);
+  }
+  std::vector<Workspace> work = workspaces(group);
+  group.least = guess_for_probable_bounds(request, group, work);
+  const auto suits = [&](int64_t user) { return group.least[user] > -std::numeric_limits<float>::infinity(); };
+  for (int64_t user = 0, end; user < group.users; user = end) {
+    for (end = user + 1; end < group.users && suits(end) == suits(user);) ++end;
+    if (!suits(user)) {
+      if (!scan_group(certain(request), first + user, first + end, padded, true)) return false;
+    } else if (end - user < group.users) {
+      if (!scan_probably(request, first + user, first + end, padded)) return false;
+    } else if (!scan_with_guesses(request, group, work, group.least)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Small tables have nothing to save. Rows that are being replaced have no codes to be admitted by.
+bool is_probable(const TopKRequest& request) {
+  return request.codes.probable() && request.scan != ScanMode::kExact && !request.overlay.count && request.k;
 }
 
 }  // namespace
@@ -64,8 +111,13 @@ bool scan_topk(const TopKRequest& request) {
   const int64_t capacity = topk_buffer_capacity(std::min(request.k, request.items.rows), request.items.rows);
   const int64_t by_memory = kGroupBufferBytes / (8 * capacity);
   const int64_t users = std::max<int64_t>(1, std::min(users_of_group(queries), by_memory));
-  for (int64_t first = 0; first < queries.users; first += users)
-    if (!scan_group(request, first, std::min(queries.users, first + users), padded, true)) return false;
+  const bool probable = is_probable(request);
+  const TopKRequest exact = certain(request);
+  for (int64_t first = 0; first < queries.users; first += users) {
+    const int64_t last = std::min(queries.users, first + users);
+    if (!(probable ? scan_probably(request, first, last, padded) : scan_group(exact, first, last, padded, true)))
+      return false;
+  }
   return true;
 }
 

@@ -58,6 +58,13 @@ void Scanner<Results>::scan_chunk(int64_t begin, int64_t end) {
   codes_.finish();
 }
 
+// Where bounds are probable the result consists of what they admit, also of rows that were scored in passing.
+template <class Results>
+bool Scanner<Results>::admits(int64_t user, int64_t row) {
+  return group_.least.empty() || row >= request_.codes.rows() ||
+         (request_.filter.allows(group_.first_user + user, row) && codes_.admits(user, row));
+}
+
 // Without any, codes rule out nothing.
 template <class Results>
 bool Scanner<Results>::has_thresholds() {
@@ -139,7 +146,9 @@ void Scanner<Results>::select(int64_t row, int64_t count, const float* dots, int
     const int64_t first = group_.packed.start[user], queries = group_.packed.start[user + 1] - first;
     if (!queries) continue;
     const float threshold = results_.threshold(slot_, user);
-    const uint32_t survivors = rows_present & prune(dots + first * stride, stride, queries, bias, threshold, scores);
+    uint32_t survivors = rows_present & prune(dots + first * stride, stride, queries, bias, threshold, scores);
+    for (uint32_t left = group_.least.empty() ? 0 : survivors; left; left &= left - 1)
+      if (!admits(user, row + __builtin_ctz(left))) survivors &= ~(left & -left);
     if (survivors) results_.take(slot_, user, row, survivors, scores);
   }
 }
@@ -166,7 +175,8 @@ void Scanner<Results>::select_bounded(const Slice& slice, int64_t row, int64_t c
       ++rescored_;
       const Bounded bounded{cheap + i, scales[i], lengths[i]};
       float score;
-      if (rescore(user, row + i, bounded, bias ? bias[i] : 0.0f, results_.threshold(slot_, user), &score))
+      if (rescore(user, row + i, bounded, bias ? bias[i] : 0.0f, results_.threshold(slot_, user), &score) &&
+          admits(user, row + i))
         results_.take_one(slot_, user, row + i, score);
     }
   }

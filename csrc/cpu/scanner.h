@@ -31,6 +31,7 @@ class Scanner {
   void scan_chunk(int64_t begin, int64_t end);
   int64_t scan_codes(int64_t begin, int64_t end);
   bool has_thresholds();
+  bool admits(int64_t user, int64_t row);
   void expect(int64_t done);
   void scan_rows(int64_t begin, int64_t end);
   void scan_exact(int64_t begin, int64_t end);

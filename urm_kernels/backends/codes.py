@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ BLOCK = 32  # rows
 QUAD = 4  # elements whose products a 32-bit lane adds
 SIDE_BYTES = 8  # of a row: scale, lost, norm
 MAX_WIDTH = 8192  # up to here sums of products fit 32 bits
+FEWEST_PROBABLE = 16  # elements of rows that have probable bounds
 STEPS = {True: 3, False: 6}  # of a rotation, by whether r is a power of two
 
 
@@ -72,6 +75,22 @@ def rotation(r: int, seed: int) -> Tensor:
     random = torch.Generator().manual_seed(seed)
     p = hadamard_size(r)
     return torch.randint(2, (STEPS[p == r], p), generator=random).mul_(2).sub_(1).float()
+
+
+def slack_shares(recall: float, codes: Codes, r: int) -> tuple[float, float]:
+    """Shares of the certain slack, of the blocks and of the fine codes, with which a row's bound is below its score with
+    a probability of at most 1 - recall. (1, 1): the bounds are the certain ones.
+
+    What a code lost is orthogonal to its row, and a random rotation gives it any direction in the r - 1 dimensions that
+    are left: its product with a query is normal with a standard deviation of |lost| |query| / sqrt(r - 1). Of two
+    levels the first may fail in 7 of 8 cases. Few elements are not mixed well by random signs.
+    """
+    if recall == 1 or r < FEWEST_PROBABLE:
+        return 1.0, 1.0
+    parts = (1.0, 1.0) if codes.fine is None else (7 / 8, 1 / 8)
+    deviations = (max(-NormalDist().inv_cdf((1 - recall) * part), 2.0**-10) for part in parts)
+    first, second = (min(z / math.sqrt(r - 1), 1.0) for z in deviations)
+    return first, second
 
 
 def sides(codes: Codes, r: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,7 @@ from . import encoding, launching, search
 from .plan import Card
 
 COUNTS = True  # whether it counts what a scan does
+PROBABLE = False  # whether it makes use of a recall below 1
 ROW_SCALE = True  # whether rows may have a scale
 CODE_BITS = (4, 8)  # of a packed table's blocks
 
