@@ -1,6 +1,6 @@
 """What `recall` below 1 saves on the CPU: codes of 4 bits read exactly beside codes of 2 bits read probably.
 
-    python3 bench/recall.py [--rows 1e7] [--r 128] [--queries 1] [--users 24] [--kinds iid,decay,clustered] [--k 100,1000]
+    python3 bench/recall.py [--rows 1e7] [--r 128] [--queries 1] [--users 24] [--kinds iid,decay] [--k 100,1000]
 
 One line a kind of data, k and p: milliseconds a user, the median of users who take turns (one call each, so that what
 else the machine does meets all alike), the median ratio of the exact call on 4 bits to each of the others, and the mean

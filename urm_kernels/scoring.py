@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import checks, ops

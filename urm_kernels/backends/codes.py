@@ -78,8 +78,8 @@ def rotation(r: int, seed: int) -> Tensor:
 
 
 def slack_shares(recall: float, codes: Codes, r: int) -> tuple[float, float]:
-    """Shares of the certain slack, of the blocks and of the fine codes, with which a row's bound is below its score with
-    a probability of at most 1 - recall. (1, 1): the bounds are the certain ones.
+    """Shares of the certain slack, of the blocks and of the fine codes, with which a row's bound is below its score
+    with a probability of at most 1 - recall. (1, 1): the bounds are the certain ones.
 
     What a code lost is orthogonal to its row, and a random rotation gives it any direction in the r - 1 dimensions that
     are left: its product with a query is normal with a standard deviation of |lost| |query| / sqrt(r - 1). Of two

@@ -72,8 +72,8 @@ def score_topk(
     counts: Tensor | None = None,
     proven: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See urm_kernels.score_topk; queries are float32 [B, M, r]. What the scan did is added to counts, int64 [3]; whether
-    users' results are certainly exact is written to proven, bool [B]."""
+    """See urm_kernels.score_topk; queries are float32 [B, M, r]. What the scan did is added to counts, int64 [3];
+    whether users' results are certainly exact is written to proven, bool [B]."""
     users = queries.shape[0]
     scores, ids = torch.empty((users, k)), torch.empty((users, k), dtype=torch.int64)
     arguments, _held = _scan(queries, table, options)
