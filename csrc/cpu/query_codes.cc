@@ -75,7 +75,7 @@ QueryCodes encode_queries(const PackedQueries& packed, int64_t users, int64_t pa
     const float before = largest_element(packed.rows.data() + first * padded, count * padded);
     const float step = before == 0.0f ? 1.0f : largest / kLargestQueryCode;
     if (!(step >= kLeastCodeScale && step <= kLargestCodedLength)) return {};
-    CodeBound bound{step, 0, 0, 0, code_underflow(r), lost_reference, norm_reference};
+    CodeBound bound{step, 0, 0, 0, kCodeUnderflow, lost_reference, norm_reference};
     for (int64_t j = 0; j < count; ++j) {
       const float* query = mine + j * padded;
       const int64_t at = out.first_group[user] * kLanes + j;

@@ -87,7 +87,7 @@ __device__ inline uint32_t queries_that_reach(const ScanCall& call, int64_t user
   const float error =
       code_error(r, call.rotation_roundings) * (call.queries.kept_most[user] + call.queries.lost_most[user]);
   float bound = code_bound<One>({float_not_below(sum)}, {step}, {call.queries.kept[at]}, {call.queries.lost[at]},
-                                {error}, {code_underflow(r)}, lengths)
+                                {error}, {kCodeUnderflow}, lengths)
                     .x;
   if (call.users.log_sum_exp) {
     float relative, offset;

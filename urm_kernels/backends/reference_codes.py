@@ -24,6 +24,7 @@ LARGEST_LENGTH = 2.0**60
 LEAST_SCALE = 2.0**-100
 LARGEST_SCALED, LEAST_SCALED = 2.0**50, 2.0**-20  # elements of rows that have a scale
 _LEAST_KEPT = 2.0**-120
+_UNDERFLOW = 2.0**-126
 
 
 def rotate(rows: Tensor, codes: Codes) -> Tensor:
@@ -308,7 +309,7 @@ def scan_bounds(queries: QueryCodes, rows: CodedRows, codes: Codes, r: int) -> T
     sums = sums.masked_fill(~queries.exists[..., None], -torch.inf).amax(1)
     more = kept * (rows.lost - lost_reference).clamp(min=0) + lost * (rows.norm - norm_reference).clamp(min=0)
     more = more + _error(r, codes) * (kept + lost) * rows.norm
-    return rows.scale * (sums * queries.step[:, None] + more) + (r + 16) * 2.0**-149
+    return rows.scale * (sums * queries.step[:, None] + more) + _UNDERFLOW
 
 
 def own_bounds(queries: QueryCodes, rows: CodedRows, codes: Codes, r: int) -> Tensor:
@@ -316,4 +317,4 @@ def own_bounds(queries: QueryCodes, rows: CodedRows, codes: Codes, r: int) -> Te
     most = (queries.kept.amax(1) + queries.lost.amax(1))[:, None, None]
     slack = queries.kept[..., None] * rows.lost + queries.lost[..., None] * rows.norm
     slack = slack + _error(r, codes) * most * rows.norm
-    return rows.scale * ((queries.u @ rows.codes.T) * queries.step[:, None, None] + slack) + (r + 16) * 2.0**-149
+    return rows.scale * ((queries.u @ rows.codes.T) * queries.step[:, None, None] + slack) + _UNDERFLOW
