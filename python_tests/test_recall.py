@@ -12,6 +12,7 @@ from urm_kernels.testing import KINDS, available_backends, forced, make_items, m
 
 PACKED = (("int2", "int4"), ("int4",), ("int4", "int8"))
 USERS, ROWS, R, K = 2000, 66_000, 64, 50  # as few rows as have guesses
+MOST = 16  # queries of a call that has probable bounds
 MACHINES = [
     ("portable", "auto", "1"),
     ("avx2", "auto", "2"),
@@ -39,25 +40,31 @@ def data(kind, users, rows, r, count=1):
     return items, make_queries(kind, users, count, r, 1, items)
 
 
+def in_calls(queries, table, k, recall):
+    """(ids [B, k], proven [B]), of calls with as many users as have probable bounds."""
+    parts = [asked(some, table, k, recall) for some in queries.split(MOST)]
+    return torch.cat([found.ids for found, _ in parts]), torch.cat([stats.proven for _, stats in parts])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_share_that_is_found_is_not_below_recall(kind):
     items, queries = data(kind, USERS, ROWS, R)
     table = ItemTable(items).pack(("int2", "int4"))
     exact = score_topk(queries, items, K)
     for recall in (0.9, 0.99, 0.999):
-        found, stats = asked(queries, table, K, recall)
-        share = (found.ids[:, :, None] == exact.ids[:, None]).any(1).double().mean(1)
+        ids, proven = in_calls(queries, table, K, recall)
+        share = (ids[:, :, None] == exact.ids[:, None]).any(1).double().mean(1)
         error = float(share.std()) / USERS**0.5
         assert share.mean() >= recall - 3 * error
-        assert (share[stats.proven] == 1).all(), "what is proven is exact"
+        assert (share[proven] == 1).all(), "what is proven is exact"
         if recall == 0.9 and kind in ("iid", "clustered", "decay", "norms", "integer", "giant"):
-            assert stats.proven.double().mean() < 0.2, "or nothing was tried"
+            assert proven.double().mean() < 0.5, "or nothing was tried"
 
 
 @pytest.mark.parametrize("kinds", PACKED, ids="+".join)
 @pytest.mark.parametrize("kind", ["iid", "clustered", "decay", "norms", "sparse", "integer"])
 def test_a_row_is_below_its_own_score_as_seldom_as_was_said(kind, kinds):
-    """The law itself, at a threshold that is the row's score: by the bounds of the scan, whose share of loss is known."""
+    """The law itself, at a threshold that is the row's score: by bounds of the scan, whose share of loss is known."""
     rows = 512
     for r in (16, 100, 128):
         items, queries = data(kind, USERS, rows, r)
@@ -74,57 +81,62 @@ def test_a_row_is_below_its_own_score_as_seldom_as_was_said(kind, kinds):
 
 
 @pytest.mark.parametrize("kinds", PACKED, ids="+".join)
-@pytest.mark.parametrize(("users", "count"), [(3, 1), (90, 1), (4, 21)])
-def test_the_same_bits_on_every_machine_thread_and_batch(monkeypatch, kinds, users, count):
-    """Above 64 queries a thread's own clock decides whether rows are scored in passing."""
-    items, queries = data("iid", users, 70_003, 40, count)
+@pytest.mark.parametrize(("kind", "users", "count"), [("iid", 16, 1), ("clustered", 2, 8), ("half", 3, 1)])
+def test_the_same_bits_on_every_machine_thread_and_batch(monkeypatch, kinds, kind, users, count):
+    """Where many pairs survive, as in the first half of "half", a thread's own clock decides whether rows are scored in
+    passing."""
+    items, queries = data(kind.replace("half", "iid"), users, 70_003, 40, count)
+    if kind == "half":
+        items[35_000:] *= 0.1
     bias = torch.randn(len(items), generator=generator(1)) * 0.1
     table = ItemTable(items, bias=bias).pack(kinds)
-    wanted, stats = asked(queries, table, 300, 0.6)
+    wanted, stats = asked(queries, table, 300, 0.85)
     assert not stats.proven.any()
     for isa, scan, threads in MACHINES:
-        if ("cpu", isa) not in available_backends() or (isa == "portable" and users * count > 64):
+        if ("cpu", isa) not in available_backends():
             continue
         monkeypatch.setenv("URM_NUM_THREADS", threads)
         with forced("cpu", isa, scan):
-            assert_same_bits(score_topk(queries, table, 300, recall=0.6), wanted)
+            assert_same_bits(score_topk(queries, table, 300, recall=0.85), wanted)
     for user in (0, users - 1):
-        alone = score_topk(queries[user : user + 1], table, 300, recall=0.6)
+        alone = score_topk(queries[user : user + 1], table, 300, recall=0.85)
         assert_same_bits(alone, type(alone)(*(part[user : user + 1] for part in wanted)))
 
 
-def test_neighbours_that_have_no_bounds_change_nothing(monkeypatch):
-    """NaN, infinite and absent queries, a user whose mask leaves too few rows for a guess."""
-    items, queries = data("decay", 7, 70_000, 32, 2)
+def test_a_user_whom_it_does_not_suit_makes_the_call_exact():
+    """NaN and infinite queries, a mask that leaves too few rows for a guess; but not a user without queries."""
+    items, queries = data("decay", 4, 70_000, 32, 2)
     table = ItemTable(items).pack(("int2", "int4"))
-    asking = queries.clone()
-    asking[1, 0, 3], asking[4, 1, 0] = NAN, INF
-    exists = torch.ones(7, 2, dtype=torch.bool)
-    exists[5] = False
-    mask = torch.ones(7, len(items), dtype=torch.bool)
-    mask[2, 60:] = False
-    found, stats = asked(asking, table, 40, 0.7, query_mask=exists, mask=mask)
-    assert stats.proven.tolist() == [False, True, True, False, True, True, False]
-    exact = score_topk(asking, items, 40, query_mask=exists, mask=mask)
-    for user in range(7):
-        one = slice(user, user + 1)
-        alone = score_topk(asking[one], table, 40, query_mask=exists[one], mask=mask[one], recall=0.7)
-        assert_same_bits(alone, type(alone)(*(part[one] for part in found)))
-        if stats.proven[user]:
-            assert_same_bits(alone, type(alone)(*(part[one] for part in exact)))
+    without = torch.ones(4, 2, dtype=torch.bool)
+    without[2] = False
+    few = torch.ones(4, len(items), dtype=torch.bool)
+    few[2, 60:] = False
+    for value, options, proven in (
+        (0.0, {}, [False] * 4),
+        (0.0, {"query_mask": without}, [False, False, True, False]),
+        (0.0, {"mask": few}, [True] * 4),
+        (NAN, {}, [True] * 4),
+        (INF, {}, [True] * 4),
+    ):
+        asking = queries.clone()
+        asking[1, 0, 3] = value
+        found, stats = asked(asking, table, 40, 0.7, **options)
+        assert stats.proven.tolist() == proven
+        if all(proven):
+            assert_same_bits(found, score_topk(asking, items, 40, **options))
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("kinds", PACKED, ids="+".join)
 def test_scores_are_exact_whatever_is_lost(kinds, reduce):
     """The best of all queries, not of those whose probable bound reaches the threshold."""
-    items, queries = data("clustered", 20, 70_000, 48, 20)
+    items, queries = data("clustered", 4, 70_000, 48, 4)
     bias = torch.randn(len(items), generator=generator(2))
     table = ItemTable(items, bias=bias).pack(kinds)
     found, stats = asked(queries, table, 100, 0.55, reduce=reduce)
     assert not stats.proven.all()
     exact = score_topk(queries, items, len(items), bias=bias, reduce=reduce)
-    at = torch.empty_like(exact.ids).scatter_(1, exact.ids, torch.arange(len(items)).expand(20, -1))
+    at = torch.empty_like(exact.ids).scatter_(1, exact.ids, torch.arange(len(items)).expand(4, -1))
     assert torch.equal(exact.scores.gather(1, at.gather(1, found.ids)), found.scores)
     share = (found.ids[:, :, None] == exact.ids[:, None, :100]).any(1).double().mean()
     assert share >= 0.55
@@ -154,6 +166,10 @@ def test_where_it_is_one_in_effect():
         assert stats.proven.all()
         assert_same_bits(found, wanted)
     table = ItemTable(items).pack(("int2", "int4"))
+    many = queries[:1].expand(MOST + 1, 1, 24)
+    found, stats = asked(many, table, 30, 0.5)
+    assert stats.proven.all()
+    assert_same_bits(found, score_topk(many, items, 30))
     for options in ({"recall": 1.0}, {"recall": 0.5, "backend": "reference"}):
         found, stats = score_topk(queries[:1], table, 30, return_stats=True, **options)
         assert stats.proven.all()

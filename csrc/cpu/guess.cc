@@ -18,9 +18,10 @@ constexpr int64_t kFewestRows = 1 << 16;        // a sample of 256
 constexpr int64_t kFewestResults = 512;         // below, the running threshold is soon as good as a guess from two rows
 constexpr int64_t kBlockStep = 64;              // of a sample of blocks: their codes are 1.6 % of all
 constexpr int64_t kFirstRows = 512;             // scored before, without codes, for a threshold of that sample
-constexpr int64_t kFirstRowsOfProbable = 2048;  // likewise for probable bounds, which see no better one meanwhile
-constexpr int64_t kTriedBlocks = 32;            // and what these leave of so many blocks
-constexpr int64_t kFewestRuledOut = 8;          // is to be one row in so many at most
+constexpr int64_t kFirstRowsOfProbable = 1024;  // likewise for probable bounds, which see no better one meanwhile
+constexpr int64_t kTriedBlocks = 32;            // on which probable bounds are tried:
+constexpr int64_t kMostOfSample = 4;            // one row in so many may be left for the sample,
+constexpr int64_t kMostOfScan = 16;             // and in so many for the scan
 constexpr double kMostTogether = 4;  // rows of a block on average among the best; more, and there is no guess
 
 // The exact score at `rank` among every step-th row.
@@ -63,6 +64,14 @@ float guess_from(TopKBuffer& best, int64_t most, double expected) {
   std::partial_sort(keys, keys + found, keys + best.size(), std::greater<uint64_t>());
   const int64_t rank = rank_in_part(expected, rows_together(keys, found));
   return rank <= found ? key_score(keys[rank - 1]) : -std::numeric_limits<float>::infinity();
+}
+
+// Whether a user's probable bounds leave more than one row in so many of some blocks.
+bool leaves_more_than(CodeScanner<TopKResults>& scanner, const Codes& codes, int64_t user, int64_t one_in) {
+  int64_t left = 0;
+  for (int64_t i = 0; i < kTriedBlocks; ++i)
+    left += __builtin_popcount(scanner.reach_of_block(user, i * codes.count / kTriedBlocks));
+  return left * one_in > kTriedBlocks * kBlockRows;
 }
 
 }  // namespace
@@ -114,25 +123,24 @@ AlignedVector<float> guess_by_codes(const TopKRequest& request, Group& group, st
   return guesses;
 }
 
-AlignedVector<float> guess_for_probable_bounds(const TopKRequest& request, Group& group, std::vector<Workspace>& work) {
-  constexpr float kNone = -std::numeric_limits<float>::infinity();
-  const int64_t blocks = request.codes.count / kBlockStep, users = group.users;
-  AlignedVector<float> guesses(users, kNone);
-  if (request.items.rows < kFewestRows || !request.k || request.k > request.items.rows / 2) return guesses;
-  const double expected = static_cast<double>(request.k) * (blocks * kBlockRows) / request.items.rows;
-  const int64_t most = rank_in_part(expected, kMostTogether), step = request.items.rows / kFirstRowsOfProbable;
+bool guess_for_probable_bounds(const TopKRequest& request, Group& group, std::vector<Workspace>& work) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const int64_t blocks = request.codes.count / kBlockStep, rows = request.items.rows;
+  if (rows < kFewestRows || request.k > rows / 2) return false;
+  const double expected = static_cast<double>(request.k) * (blocks * kBlockRows) / rows;
+  const int64_t most = rank_in_part(expected, kMostTogether), step = rows / kFirstRowsOfProbable;
   const double share = static_cast<double>(most) / static_cast<double>(blocks * kBlockRows);
-  const int64_t rank = rank_in_part(share * static_cast<double>(request.items.rows / step), 1);
-  group.least = score_at_rank(request, group.first_user, group.first_user + users, step, rank);
+  const int64_t rank = rank_in_part(share * static_cast<double>(rows / step), 1);
+  group.least = score_at_rank(request, group.first_user, group.first_user + group.users, step, rank);
 
-  TopKResults results(group, most, topk_buffer_capacity(most, request.items.rows));
+  TopKResults results(group, most, topk_buffer_capacity(most, rows));
   CodeScanner<TopKResults> trial(group, work[0], results, 0);
-  for (int64_t user = 0; user < users; ++user) {
-    int64_t left = 0;
-    for (int64_t i = 0; i < kTriedBlocks && group.least[user] > kNone; ++i)
-      left += __builtin_popcount(trial.reach_of_block(user, i * request.codes.count / kTriedBlocks));
-    if (group.least[user] == kNone || left * kFewestRuledOut > kTriedBlocks * kBlockRows) group.least[user] = -kNone;
-    else results.raise_floor(user, lowest_key(group.least[user]));
+  const auto has_queries = [&](int64_t user) { return group.packed.start[user + 1] > group.packed.start[user]; };
+  for (int64_t user = 0; user < group.users; ++user) {
+    if (!has_queries(user)) continue;
+    if (group.least[user] == -kInfinity) return false;
+    if (leaves_more_than(trial, request.codes, user, kMostOfSample)) return false;
+    results.raise_floor(user, lowest_key(group.least[user]));
   }
   std::atomic<int64_t> next{0};
   run_parallel(group.threads, [&](int slot) {
@@ -147,9 +155,12 @@ AlignedVector<float> guess_for_probable_bounds(const TopKRequest& request, Group
     results.publish(slot);
     group.count(scanner.counts());
   });
-  for (int64_t user = 0; user < users; ++user)
-    if (group.least[user] < -kNone) guesses[user] = guess_from(results.best(user), most, expected);
-  return guesses;
+  for (int64_t user = 0; user < group.users; ++user) {
+    if (!has_queries(user)) continue;
+    group.least[user] = guess_from(results.best(user), most, expected);
+    if (group.least[user] == -kInfinity || leaves_more_than(trial, request.codes, user, kMostOfScan)) return false;
+  }
+  return true;
 }
 
 AlignedVector<float> best_of_sample(const ScanRequest& request, int64_t first, int64_t last) {

@@ -56,7 +56,9 @@ bool scan_with_guesses(const TopKRequest& request, Group& group, std::vector<Wor
   });
   for (int64_t user = 0; user < group.users; ++user) {
     const int64_t at = group.first_user + user;
-    if (request.proven) request.proven[at] = group.least.empty();
+    // Without queries there is nothing that could be missed.
+    if (request.proven)
+      request.proven[at] = group.least.empty() || group.packed.start[user] == group.packed.start[user + 1];
     if (!proven[user] && !scan_group(certain(request), at, at + 1, group.padded, false)) return false;
   }
   return true;
@@ -72,34 +74,24 @@ bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t
   return scan_with_guesses(request, group, work, guesses);
 }
 
-// By probable bounds, and exactly for users whom these do not suit: their neighbours must not change what they get. So
-// a group that is of two kinds is taken apart, and one that has no codes because of some user's queries is halved.
+// By probable bounds where these suit every user, else exactly.
 bool scan_probably(const TopKRequest& request, int64_t first, int64_t last, int64_t padded) {
   Group group(request, first, last, padded);
-  if (group.query_codes.empty()) {
-    if (last - first == 1) return scan_group(certain(request), first, last, padded, true);
-    const int64_t middle = first + (last - first) / 2;
-    return scan_probably(request, first, middle, padded) && scan_probably(request, middle, last, padded);
+  if (!group.query_codes.empty()) {
+    std::vector<Workspace> work = workspaces(group);
+    if (guess_for_probable_bounds(request, group, work)) return scan_with_guesses(request, group, work, group.least);
   }
-  std::vector<Workspace> work = workspaces(group);
-  group.least = guess_for_probable_bounds(request, group, work);
-  const auto suits = [&](int64_t user) { return group.least[user] > -std::numeric_limits<float>::infinity(); };
-  for (int64_t user = 0, end; user < group.users; user = end) {
-    for (end = user + 1; end < group.users && suits(end) == suits(user);) ++end;
-    if (!suits(user)) {
-      if (!scan_group(certain(request), first + user, first + end, padded, true)) return false;
-    } else if (end - user < group.users) {
-      if (!scan_probably(request, first + user, first + end, padded)) return false;
-    } else if (!scan_with_guesses(request, group, work, group.least)) {
-      return false;
-    }
-  }
-  return true;
+  return scan_group(certain(request), first, last, padded, true);
 }
 
-// Small tables have nothing to save. Rows that are being replaced have no codes to be admitted by.
+// Where rows are shared by many queries their bytes do not bind, and plain scans are as fast as those of codes. Rows
+// that are being replaced have no codes to be admitted by. By the arguments of the call alone, for its result depends
+// on it.
 bool is_probable(const TopKRequest& request) {
-  return request.codes.probable() && request.scan != ScanMode::kExact && !request.overlay.count && request.k;
+  constexpr int64_t kMostQueries = 16;
+  const bool added = request.reduce == Reduce::kSum || request.reduce == Reduce::kMean;
+  return request.codes.probable() && request.scan != ScanMode::kExact && !request.overlay.count && request.k &&
+         request.queries.users * (added ? 1 : request.queries.queries) <= kMostQueries;
 }
 
 }  // namespace
