@@ -90,16 +90,17 @@ def test_the_same_bits_on_every_machine_thread_and_batch(monkeypatch, kinds, kin
         items[35_000:] *= 0.1
     bias = torch.randn(len(items), generator=generator(1)) * 0.1
     table = ItemTable(items, bias=bias).pack(kinds)
-    wanted, stats = asked(queries, table, 300, 0.85)
+    recall = 0.85 if kind == "half" else 0.7
+    wanted, stats = asked(queries, table, 300, recall)
     assert not stats.proven.any()
     for isa, scan, threads in MACHINES:
         if ("cpu", isa) not in available_backends():
             continue
         monkeypatch.setenv("URM_NUM_THREADS", threads)
         with forced("cpu", isa, scan):
-            assert_same_bits(score_topk(queries, table, 300, recall=0.85), wanted)
+            assert_same_bits(score_topk(queries, table, 300, recall=recall), wanted)
     for user in (0, users - 1):
-        alone = score_topk(queries[user : user + 1], table, 300, recall=0.85)
+        alone = score_topk(queries[user : user + 1], table, 300, recall=recall)
         assert_same_bits(alone, type(alone)(*(part[user : user + 1] for part in wanted)))
 
 

@@ -21,7 +21,7 @@ constexpr int64_t kFirstRows = 512;             // scored before, without codes,
 constexpr int64_t kFirstRowsOfProbable = 1024;  // likewise for probable bounds, which see no better one meanwhile
 constexpr int64_t kTriedBlocks = 32;            // on which probable bounds are tried:
 constexpr int64_t kMostOfSample = 4;            // one row in so many may be left for the sample,
-constexpr int64_t kMostOfScan = 16;             // and in so many for the scan
+constexpr int64_t kMostOfScan = 8;              // and in so many for the scan
 constexpr double kMostTogether = 4;  // rows of a block on average among the best; more, and there is no guess
 
 // The exact score at `rank` among every step-th row.
