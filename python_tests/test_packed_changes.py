@@ -417,6 +417,20 @@ def test_headers_of_codes_that_cannot_be_are_refused(queries, tmp_path, tensors,
         ItemTable.load(path)
 
 
+@pytest.mark.parametrize(
+    ("kinds", "r"), [(("int4", "int8"), 24), (("int4", "int8"), 3), (("int2", "int4"), 24)], ids=str
+)
+def test_fine_codes_of_another_size_are_refused(tmp_path, kinds, r):
+    path = tmp_path / "table.safetensors"
+    table = ItemTable(torch.randn(64, r)).pack(kinds)
+    table.code_fine = table.code_fine[:, :-1].contiguous()
+    with pytest.raises(ValueError, match="are no codes of 64 rows of width"):
+        score_topk(torch.randn(1, r), table, 3)
+    table.save(path)
+    with pytest.raises(ValueError, match=f"blocks of .* beside rows of .* bytes are no codes of rows of width {r}"):
+        ItemTable.load(path)
+
+
 def test_a_rotation_of_other_numbers_than_signs_is_refused(tmp_path):
     table = ItemTable(torch.randn(64, 8)).pack()
     table.code_rotation[1, 2] = 1.5
