@@ -7,7 +7,7 @@ import packed_calls
 import pytest
 import torch
 from hypothesis import settings
-from support import CUDA_CODES
+from support import CODES
 
 from urm_kernels.backends import select
 from urm_kernels.testing import available_backends, forced
@@ -83,7 +83,7 @@ def machine(request, device):
     if request.param[0] == "cuda":
         if reason := packed_calls.why_not(device):
             pytest.skip(reason)
-        kinds = CUDA_CODES[zlib.crc32(request.node.name.encode()) % len(CUDA_CODES)]
+        kinds = CODES[zlib.crc32(request.node.name.encode()) % len(CODES)]
         with packed_calls.packed_calls(kinds, device):
             yield request.param
         return
@@ -107,8 +107,6 @@ def code_isa(request):
     if request.param == "cuda":
         if reason := packed_calls.why_not(torch.device("cpu")):
             pytest.skip(reason)
-        if "int2" in request.node.callspec.params.get("kinds", ()):
-            pytest.skip("the CUDA backend has no kernel for codes of 2 bits")
         with packed_calls.stand_in():
             yield request.param
         return

@@ -44,7 +44,7 @@ def packed_calls(kinds, device):
     choose = select.choose
 
     def chosen(function, queries, table, requested, *, counts=False):
-        takes = _takes(table) and (kinds or (table.codes is not None and cuda.declines(queries, table) is None))
+        takes = _takes(table) and (kinds or table.codes is not None)
         if function != "score_topk" or not takes or cuda.why_not(table.items.device, table.dtypes()):
             return choose(function, queries, table, requested, counts=counts)
         if not kinds:

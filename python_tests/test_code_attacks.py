@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from support import CODES, CUDA_CODES, INF, NAN, assert_same_bits
+from support import CODES, INF, NAN, assert_same_bits
 from test_codes import assert_never_below, bounds_of, generator, unrotated
 
 from urm_kernels import ItemTable, score_topk
@@ -29,11 +29,6 @@ SCALED = {  # factors, scale of rows, queries: powers of two
 }
 
 
-def codes_of(isa, *wanted):
-    """Those of the kinds that an instruction set, or the stand-in of the CUDA kernels, has."""
-    return [kinds for kinds in wanted if isa != "cuda" or kinds in CUDA_CODES]
-
-
 def hunted(examples):
     return settings(max_examples=examples, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -43,7 +38,7 @@ def hunted(examples):
 def test_scales_of_rows_that_hide_what_the_dots_did(code_isa, case, r):
     """The dot is formed with the row as it lies and scaled afterwards; codes are of the scaled row."""
     row, scale, query = (2.0**exponent for exponent in SCALED[case])
-    for turn, kinds in enumerate(codes_of(code_isa, *CODES)):
+    for turn, kinds in enumerate(CODES):
         sign = 1 - turn % 2 * 2
         items = make_items("iid", 64, r, 0) * row
         scales = torch.full((64,), sign * scale)
@@ -93,7 +88,7 @@ def test_a_hunt_with_scales_of_rows(code_isa, data):
     rows = make_items("iid", 32, r, data.draw(st.integers(0, 9))) * 2.0 ** data.draw(exponent)
     scale = torch.randn(32, generator=generator(0)) * 2.0 ** data.draw(exponent)
     queries = torch.randn(1, 2, r, generator=generator(1)) * 2.0 ** data.draw(st.integers(-100, 55))
-    table = ItemTable(rows, row_scale=scale).pack(data.draw(st.sampled_from(codes_of(code_isa, *CODES))))
+    table = ItemTable(rows, row_scale=scale).pack(data.draw(st.sampled_from(CODES)))
     if bounds_of(queries, table, False) is not None:
         assert_never_below(queries, table)
 
@@ -102,7 +97,7 @@ def test_a_hunt_with_scales_of_rows(code_isa, data):
 @pytest.mark.parametrize("r", [1, 96, 8192])
 def test_constants_that_a_file_may_bring_are_as_right_as_any(code_isa, r, reference):
     """r = 8192: sums and slack of 2^27, which float32 rounds; a longer integer would be needed above."""
-    for kinds in codes_of(code_isa, CODES[0], CODES[1], CODES[3]):
+    for kinds in (CODES[0], CODES[1], CODES[3]):
         table = ItemTable(torch.zeros(32, r)).pack(kinds)
         signs = torch.where(torch.rand(32, r, generator=generator(r)) < 0.5, -1.0, 1.0)
         signs[0], signs[1] = 1.0, -1.0
@@ -152,9 +147,7 @@ def test_a_hunt_over_widths_and_magnitudes(code_isa, seed, r, spread):
     rows = torch.randn(64, r, generator=random) * 10 ** (spread * (2 * torch.rand(64, 1, generator=random) - 1))
     rows[::10] = queries[0, 0] * 10 ** (spread * (torch.rand(7, 1, generator=random) - 0.5))
     rows[5::20] *= torch.rand(3, r, generator=random) < 3 / r
-    possible = codes_of(code_isa, *CODES)
-    drawn = possible[seed % len(possible)]
-    assert_never_below(queries, ItemTable(rows).pack(drawn, seed=seed))
+    assert_never_below(queries, ItemTable(rows).pack(CODES[seed % len(CODES)], seed=seed))
 
 
 @pytest.mark.slow

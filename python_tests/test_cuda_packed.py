@@ -14,7 +14,7 @@ import pytest
 import simt
 import torch
 from packed_calls import packed
-from support import CUDA_CODES, HALVES, INF, NAN, assert_same_bits, by_reference
+from support import CODES, HALVES, INF, NAN, assert_same_bits, by_reference
 from test_codes import stressful_rows
 
 from urm_kernels import ItemTable, score_topk
@@ -61,14 +61,14 @@ def assert_same_codes(made, wanted):
 
 
 @pytest.mark.parametrize("r", [1, 2, 3, 5, 16, 31, 64, 96, 100, 128, 257, 1025])
-@pytest.mark.parametrize("kinds", CUDA_CODES, ids="+".join)
+@pytest.mark.parametrize("kinds", CODES, ids="+".join)
 def test_the_encoder_makes_the_cpus_bits(kinds, r):
     rows = stressful_rows(r)
     assert_same_codes(made_by(cuda.encode_blocks, rows, None, kinds), made_by(cpu.encode_blocks, rows, None, kinds))
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float8_e4m3fn])
-@pytest.mark.parametrize("kinds", CUDA_CODES, ids="+".join)
+@pytest.mark.parametrize("kinds", CODES, ids="+".join)
 def test_the_encoder_takes_narrow_rows_scales_and_strides(kinds, dtype):
     wide = torch.cat([make_items("iid", 32, 40, 0) * 2.0**e for e in (-100, -21, 0, 8, 49, 100)])
     rows = wide.clamp(-400, 400).to(dtype)[:, 3:36] if dtype == torch.float8_e4m3fn else wide.to(dtype)[:, 3:36]
@@ -79,7 +79,7 @@ def test_the_encoder_takes_narrow_rows_scales_and_strides(kinds, dtype):
 
 
 @pytest.mark.parametrize("r", [4, 33, 128, 1030])
-@pytest.mark.parametrize("kinds", CUDA_CODES, ids="+".join)
+@pytest.mark.parametrize("kinds", CODES, ids="+".join)
 def test_the_encoder_writes_chosen_rows_and_no_others(kinds, r):
     """Rows that share bytes, whole blocks of them, and rows behind the last block."""
     rows = torch.tensor([0, 3, 16, 19, 40, *range(64, 96), 100, 116, 159, 170])
@@ -117,7 +117,7 @@ def test_a_gpu_without_extension_and_cupy_is_told_so(monkeypatch):
         launching._found.cache_clear()
 
 
-@pytest.mark.parametrize("kinds", CUDA_CODES, ids="+".join)
+@pytest.mark.parametrize("kinds", CODES, ids="+".join)
 @pytest.mark.parametrize(("B", "M", "room"), [(9, 1, 600), (13, 2, 600), (5, 3, 600), (6, 7, 600), (3, 17, 1700)])
 def test_column_groups(monkeypatch, kinds, B, M, room):
     monkeypatch.setattr(plan, "SHARED_COLUMNS", room)
@@ -156,7 +156,7 @@ def test_users_of_one_column_group_with_nothing_in_common(reduce):
     queries *= 10.0 ** torch.tensor([-35.0, -18, -5, 0, 3, 15, 0, 0])[:, None, None]
     queries[6, 1, 2], queries[7, 0, 0], queries[3, 1] = INF, NAN, 0
     bias = torch.randn(900, generator=generator(2)) * 1e3
-    for kinds in CUDA_CODES:
+    for kinds in CODES:
         for options in ({}, {"bias": bias}):
             with packed_calls.packed_calls(kinds, CPU):
                 got = score_topk(queries, items, 25, reduce=reduce, **options)
@@ -301,7 +301,7 @@ def test_the_stand_in_lets_warps_part_between_barriers():
     _kernel(body).launch("kernel", (3, 2), 64, 0, [(0,)])
 
 
-@pytest.mark.parametrize("kinds", CUDA_CODES, ids="+".join)
+@pytest.mark.parametrize("kinds", CODES, ids="+".join)
 def test_limits_that_overflow_prune_nothing(kinds):
     """A bias over a step is infinite; so is a threshold, beside a row whose sum with its bias overflows."""
     items = torch.randn(4096, 16, generator=generator(0))

@@ -146,7 +146,7 @@ class PackableTable(nn.Module):
         codes = self.codes()
         if codes is not None:
             with torch.no_grad():
-                encoder(items, codes).encode_rows(items.detach(), row_scale, codes, rows)
+                encoder(items).encode_rows(items.detach(), row_scale, codes, rows)
 
     def _codes_of_more(self, grown: Codes, items: Tensor, row_scale: Tensor | None, before: int) -> None:
         """Codes of the blocks that rows from `before` on have completed."""
@@ -156,7 +156,7 @@ class PackableTable(nn.Module):
         scale = None if row_scale is None else row_scale[part]
         with torch.no_grad():
             more = grown._replace(blocks=grown.blocks[first:], fine=fine)
-            encoder(items, more).encode_blocks(items[part], scale, more)
+            encoder(items).encode_blocks(items[part], scale, more)
 
     def _check_packable(self) -> None:
         dtype, width = self.factors.dtype, self.factors.shape[1]
@@ -177,7 +177,7 @@ def room_for(signs: Tensor, rows: int, r: int, kinds: tuple[str, ...]) -> Codes:
 
     def room(*shape: int) -> Tensor:
         made = torch.empty(shape, dtype=torch.uint8, device=device)
-        if cpu.why_not(device, ()) is None:
+        if encoder(made) is cpu:
             cpu.ask_for_large_pages(made)
         return made
 
@@ -191,11 +191,10 @@ def checked_kinds(codes: Any) -> tuple[Kind, ...]:
     return tuple(codes)
 
 
-def encoder(items: Tensor, codes: Codes) -> Any:
+def encoder(items: Tensor) -> Any:
     """The backend that makes codes of these rows."""
-    bits = formats.bits_of(codes, items.shape[1])
     for backend in (cpu, cuda):
-        if backend.why_not(items.device, (items.dtype,)) is None and bits in backend.CODE_BITS:
+        if backend.why_not(items.device, (items.dtype,)) is None:
             return backend
     return reference
 
@@ -221,7 +220,7 @@ def encode(
                 blocks=codes.blocks[part.start // BLOCK : part.stop // BLOCK],
                 fine=None if codes.fine is None else codes.fine[part],
             )
-            encoder(items, some).encode_blocks(items[part], None if row_scale is None else row_scale[part], some)
+            encoder(items).encode_blocks(items[part], None if row_scale is None else row_scale[part], some)
             if progress is not None:
                 progress(part.stop, rows)
             if bar is not None:

@@ -17,7 +17,6 @@ from .table_view import ScanOptions, TableView
 ROW_SCALE = True  # whether rows may have a scale
 COUNTS = True  # whether it counts what a scan does
 PROBABLE = True  # whether it makes use of a recall below 1
-CODE_BITS = (2, 4, 8)  # of a packed table's blocks
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}
 _REDUCE = {"max": 0, "sum": 1, "mean": 2, "logsumexp": 3}
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ...float_mode import default_float_mode
-from .. import codes as formats
 from ..codes import Codes
 from ..table_view import ScanOptions, TableView
 from . import encoding, launching, search
@@ -24,7 +23,6 @@ from .plan import Card
 COUNTS = True  # whether it counts what a scan does
 PROBABLE = False  # whether it makes use of a recall below 1
 ROW_SCALE = True  # whether rows may have a scale
-CODE_BITS = (4, 8)  # of a packed table's blocks
 
 
 @functools.cache
@@ -54,8 +52,6 @@ def declines(queries: Tensor, table: TableView) -> str | None:
     if table.overlay is not None:
         return "rows of the table are being replaced"
     _, reference, blocks, fine = table.codes
-    if (bits := formats.bits_of(table.codes, table.items.shape[1])) not in CODE_BITS:
-        return f"it has no kernel for codes of {bits} bits"
     if any(part is not None and part.data_ptr() % 16 for part in (reference, blocks, fine)):
         return "the codes do not lie at multiples of 16 bytes"
     return None
