@@ -15,7 +15,7 @@ from urm_kernels.backends import cpu
 from urm_kernels.testing import compare_topk, forced
 
 REDUCTIONS = ("max", "sum", "mean", "logsumexp")
-CODES = (("int4",), ("int8",), ("int4", "int8"))
+CODES = (("int4",), ("int8",), ("int4", "int8"), ("int2", "int4"))
 HALVES = (torch.float32, torch.float16, torch.bfloat16)
 PACKAGE_ROOT = str(Path(urm_kernels.__file__).resolve().parents[1])
 INF, NAN = float("inf"), float("nan")

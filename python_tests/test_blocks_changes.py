@@ -89,7 +89,7 @@ class Changes(RuleBasedStateMachine):
         elif how == "clone":
             self.table = self.table.clone()
         elif how == "pack":
-            self.table.pack(CODES[len(self.items) % 3], blocks=64)
+            self.table.pack(CODES[len(self.items) % len(CODES)], blocks=64)
         elif len(self.items):
             self.table.factors[0] = 1.0
             self.items[0] = 1.0

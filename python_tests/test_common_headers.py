@@ -9,7 +9,7 @@ import pytest
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 KERNEL = """
 __global__ void use(const char* block, float* out, uint8_t* row, urm::Rotation rotation) {
-  out[0] = urm::code_error(128, urm::rotation_roundings(rotation)) + urm::code_underflow(128);
+  out[0] = urm::code_error(128, urm::rotation_roundings(rotation)) + urm::kCodeUnderflow;
   out[1] = urm::value_of_half(urm::half_not_below(out[2])) * urm::rotation_factor(rotation);
   out[3] = urm::side_of_row(block, urm::block_code_bytes(128, 4), 3).scale;
   out[4] = static_cast<float>(urm::start_of_step(rotation, 1));

@@ -60,7 +60,7 @@ def test_every_kind_of_data(machine, kind):
     r, rows = (24, 4500) if machine[0] == "portable" else (72, 9001)
     items = make_items(kind, rows, r, 0)
     queries = make_queries(kind, 3, 5, r, 1, items)
-    for kinds, k in zip(CODES, (1, 50, 700), strict=True):
+    for kinds, k in zip(CODES, (1, 50, 700, 50), strict=True):
         assert_packed_equals_plain(queries, items, k, kinds)
 
 

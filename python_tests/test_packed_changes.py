@@ -103,11 +103,11 @@ def test_packing_again_and_unpacking(table, queries, kinds):
 
 @pytest.mark.parametrize("r", [1, 4, 100, 128])
 def test_bytes_a_row(kinds, r):
-    """At most r / 2 + 10 for 4-bit codes."""
+    """At most r / 2 + 10 for 4-bit codes; a quarter of the width rounded up to 8 for 2-bit ones."""
     rows = 32 * 100
     table = ItemTable(torch.randn(rows, r)).pack(kinds)
     wide = -(-r // 4) * 4
-    wanted = sum({"int4": wide // 2 + 8, "int8": wide + 8}[kind] for kind in kinds)
+    wanted = sum({"int2": -(-r // 8) * 2 + 8, "int4": wide // 2 + 8, "int8": wide + 8}[kind] for kind in kinds)
     held = sum(getattr(table, name).nbytes for name in ("code_blocks", "code_fine") if getattr(table, name) is not None)
     assert held == rows * wanted
     assert kinds != ("int4",) or wanted <= r / 2 + 10
@@ -318,7 +318,7 @@ def test_readers_while_rows_are_appended_and_the_table_is_packed_anew(table, que
     for turn in range(30):
         table.append(new_rows(50, turn))
         if turn % 10 == 5:
-            table.pack(CODES[turn % 3])
+            table.pack(CODES[turn % len(CODES)])
     done.set()
     for reader in readers:
         reader.join()
@@ -416,6 +416,20 @@ def test_headers_of_codes_that_cannot_be_are_refused(queries, tmp_path, tensors,
     ItemTable(make_items("clustered", ROWS, R, 0)).pack().save(path)
     edited(path, tensors)
     with pytest.raises(ValueError, match=words):
+        ItemTable.load(path)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "r"), [(("int4", "int8"), 24), (("int4", "int8"), 3), (("int2", "int4"), 24)], ids=str
+)
+def test_fine_codes_of_another_size_are_refused(tmp_path, kinds, r):
+    path = tmp_path / "table.safetensors"
+    table = ItemTable(torch.randn(64, r)).pack(kinds)
+    table.code_fine = table.code_fine[:, :-1].contiguous()
+    with pytest.raises(ValueError, match="are no codes of 64 rows of width"):
+        score_topk(torch.randn(1, r), table, 3)
+    table.save(path)
+    with pytest.raises(ValueError, match=f"blocks of .* beside rows of .* bytes are no codes of rows of width {r}"):
         ItemTable.load(path)
 
 

@@ -46,7 +46,7 @@ def test_opcheck_of_the_forward(opcheck, backend, device, names, differentiable)
     op = torch.ops.urm_kernels.score_topk if differentiable else torch.ops.urm_kernels.score_topk_no_grad
     filters = (given["mask"], given["exclude"])
     table = Serving(items, given["bias"])
-    opcheck(op.default, (queries, *table, 4, given["query_mask"], "max", *filters, True, False, backend))
+    opcheck(op.default, (queries, *table, 4, given["query_mask"], "max", *filters, True, False, 1.0, backend))
 
 
 @pytest.mark.real_device

@@ -145,6 +145,14 @@ def flag(name: str, value: bool) -> None:
         raise TypeError(f"{name}: True or False is wanted, {value!r} came")
 
 
+def recall(recall: float) -> float:
+    if not isinstance(recall, numbers.Real) or isinstance(recall, bool):
+        raise TypeError(f"recall: a number above 0 and at most 1 is wanted, {recall!r} came")
+    if not 0 < recall <= 1:
+        raise ValueError(f"recall: a number above 0 and at most 1 is wanted, {recall} came")
+    return float(recall)
+
+
 def backend(backend: str | None) -> str:
     """The name, "" for a free choice; which names there are is the op's to know."""
     if backend is not None and not isinstance(backend, str):
@@ -202,13 +210,13 @@ def alive(bits: Tensor | None, rows: int) -> None:
         raise ValueError(f"alive: uint8 of shape [{(rows + 7) // 8}] is wanted, {bits.dtype} {_shape(bits)} came")
 
 
-def codes(blocks: Tensor | None, items: Tensor) -> None:
+def codes(blocks: Tensor | None, fine: Tensor | None, items: Tensor) -> None:
     """The codes of a table, which no other tensors must have replaced."""
     if blocks is None:
         return
     rows, r = items.shape
-    wanted = [formats.block_bytes(r, bits) for bits in (4, 8)]
-    if blocks.shape[0] != rows // formats.BLOCK or blocks.shape[1] not in wanted or blocks.dtype != torch.uint8:
+    fits = formats.are_shapes(blocks.shape[1], None if fine is None else fine.shape[1], r)
+    if blocks.shape[0] != rows // formats.BLOCK or not fits or blocks.dtype != torch.uint8:
         raise ValueError(f"codes: {blocks.dtype} {_shape(blocks)} are no codes of {rows} rows of width {r}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import checks, ops
@@ -59,12 +58,14 @@ def score_topk(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     exclude: Tensor | None = None,
+    recall: float = 1.0,
     sorted: bool = True,
     sparse_grad: bool = False,
     return_stats: bool = False,
     backend: str | None = None,
 ) -> TopK:
-    """The k items of the largest ``reduce_m(queries[b, m] . items[i]) + bias[i]``, exactly, for every user b.
+    """The k items of the largest ``reduce_m(queries[b, m] . items[i]) + bias[i]``, for every user b; exactly, unless
+    ``recall`` is below 1.
 
     Equals, up to rounding and with ties broken by the lower row::
 
@@ -93,6 +94,16 @@ def score_topk(
             lowest bit first.
         exclude: int64 [B, E] rows that user b must not get; -1 pads. Rows that do not exist raise on the CPU; on other
             devices they exclude nothing, since looking would be waiting.
+        recall: the expected share of the exact k best that is returned, above 0 and at most 1. Below 1 the codes of a
+            packed table rule rows out by probable bounds: at a threshold that is guessed before the scan, a row that
+            reaches it is lost with a probability of at most 1 - recall, over queries, given the table's rotation. A
+            query that was made from the table's own codes has no such promise. What is returned is scored exactly,
+            does not depend on threads, timing or instruction set, and is exact (``ScanStats.proven``) where probable
+            bounds cannot win: on tables without codes, of fewer than 65,536 rows or 16 elements, while rows are being
+            replaced, in calls of more than 16 queries, where they rule out too little for some user of the call, for
+            users whose threshold is refuted, and by the other backends than "cpu". Fewest bytes are read from
+            ``pack(("int2", "int4"))``; on codes of 4 or 8 bits fewer rows are left to score. Source: RaBitQ (Gao and
+            Long, SIGMOD 2024) for the law of the error.
         sorted: False leaves the order within the k open.
         sparse_grad: the gradient of ``items`` is a coalesced COO tensor that holds the rows returned only.
         return_stats: also return :class:`ScanStats`: what was read, what survived the bounds.
@@ -114,12 +125,12 @@ def score_topk(
     checks.flag("sorted", sorted)
     checks.flag("sparse_grad", sparse_grad)
     checks.flag("return_stats", return_stats)
-    options = (query_mask, reduce, mask, exclude, sorted, sparse_grad, checks.backend(backend))
+    options = (query_mask, reduce, mask, exclude, sorted, sparse_grad, checks.recall(recall), checks.backend(backend))
     scores, ids, *counts = ops.score_topk(queries, *table, k, *options, counted=return_stats)
     if not return_stats:
         return TopK(scores, ids)
-    proven = torch.ones(users, dtype=torch.bool, device=ids.device)
-    return TopK(scores, ids), ScanStats(counts[0][0], counts[0][1:3], counts[0][3:], proven)  # type: ignore[return-value]  # as asked
+    did, proven = counts
+    return TopK(scores, ids), ScanStats(did[0], did[1:3], did[3:], proven)  # type: ignore[return-value]  # as asked
 
 
 def score_candidates(
@@ -222,7 +233,7 @@ def _common(queries, items, projection, query_mask, reduce, bias) -> tuple[Servi
         checks.width("items", table.items, queries)
         checks.per_row("row_scale", table.row_scale, table.items.shape[0], queries.device)
         checks.alive(table.alive, table.items.shape[0])
-        checks.codes(table.code_blocks, table.items)
+        checks.codes(table.code_blocks, table.code_fine, table.items)
         checks.cells(table.code_order, table.code_cells, table.code_cell_rows, table.items)
     else:
         table = Serving(as_tensor("items", items), bias)

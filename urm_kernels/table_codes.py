@@ -18,9 +18,9 @@ from .freshness import MadeFrom
 from .progress import Progress, progress_of
 from .updates import UpdateLog
 
-Kind = Literal["int4", "int8"]
+Kind = Literal["int2", "int4", "int8"]
 
-KINDS: tuple[tuple[Kind, ...], ...] = (("int4",), ("int8",), ("int4", "int8"))
+KINDS: tuple[tuple[Kind, ...], ...] = (("int4",), ("int8",), ("int4", "int8"), ("int2", "int4"))
 CODE_PARTS = ("code_rotation", "code_reference", "code_blocks", "code_fine")
 CELL_PARTS = ("code_order", "code_bias", "code_cells", "code_cell_reference", "code_cell_most")
 PACKED_PARTS = (*CODE_PARTS, *CELL_PARTS)
@@ -64,7 +64,7 @@ class PackableTable(nn.Module):
         """Makes codes of the rows, so that :func:`urm_kernels.score_topk` reads a fraction of the bytes; not one bit of
         its result changes. Returns the table.
 
-        Rows are rotated by three rounds of random signs and Hadamard matrices, and rounded to 4 or 8 bits; beside a
+        Rows are rotated by three rounds of random signs and Hadamard matrices, and rounded to 2, 4 or 8 bits; beside a
         code its scale is kept, and how much of the row's length it lost. A scan forms integer products of codes, adds
         the most that these can be wrong, and scores exactly only what may still win (docs/design.md has the proof).
         Sources: VA-file (Weber, Schek and Blott, VLDB 1998), RaBitQ (Gao and Long, SIGMOD 2024) for the rotation.
@@ -80,7 +80,9 @@ class PackableTable(nn.Module):
         Args:
             codes: ("int4",): r / 2 + 8 bytes a row, for widths that are multiples of 4. ("int8",): r + 8 bytes, fewer
                 rows left to score exactly. ("int4", "int8"): both, the 8-bit codes read for what the 4-bit ones leave;
-                worth it where many rows are close to the best ones.
+                worth it where many rows are close to the best ones. ("int2", "int4"): r / 4 + 8 bytes a row, for
+                widths that are multiples of 8, and r / 2 + 8 that are read for survivors: for ``recall`` below 1. Too
+                coarse for exact calls, which scan the rows themselves where 2 bits rule out too little.
             blocks: True, or the rows of a run, a multiple of 32 up to 4096: 8 bytes a row more, and r / 128 for the
                 codes of runs of 64; with a bias 4 more. Worth it for catalogues that cluster. Runs loosen as rows are
                 updated and appended: results stay exact, and :class:`urm_kernels.ScanStats` and :meth:`memory` show
@@ -262,7 +264,8 @@ class PackableTable(nn.Module):
 
 
 def _kinds_of(codes: Codes, r: int) -> tuple[str, ...]:
-    return (f"int{formats.bits_of(codes, r)}",) + (() if codes.fine is None else ("int8",))
+    bits = formats.bits_of(codes, r)
+    return (f"int{bits}",) + (() if codes.fine is None else (f"int{formats.fine_bits(bits)}",))
 
 
 def room_for(signs: Tensor, rows: int, r: int, kinds: tuple[str, ...]) -> Codes:
@@ -275,7 +278,7 @@ def room_for(signs: Tensor, rows: int, r: int, kinds: tuple[str, ...]) -> Codes:
             cpu.ask_for_large_pages(made)
         return made
 
-    fine = room(blocks * BLOCK, formats.fine_bytes(r)) if len(kinds) == 2 else None
+    fine = room(blocks * BLOCK, formats.fine_bytes(r, int(kinds[1][3:]))) if len(kinds) == 2 else None
     return Codes(signs, torch.zeros(2, device=device), room(blocks, formats.block_bytes(r, int(kinds[0][3:]))), fine)
 
 

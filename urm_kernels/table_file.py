@@ -128,11 +128,11 @@ def validated(path: Path) -> tuple[list[str], Facts]:
     if "text" in shapes and shapes["text"][1] != shapes["text_projection"][0]:
         raise ValueError(f"path: {path}: text {shapes['text']} does not fit its projection {shapes['text_projection']}")
     if "code_blocks" in shapes:
-        bytes_of_block = shapes["code_blocks"][1]
-        possible = [formats.block_bytes(rank, bits) for bits in (4, 8)]
-        if not 1 <= rank <= formats.MAX_WIDTH or bytes_of_block not in possible:
-            raise ValueError(f"path: {path}: blocks of {bytes_of_block} bytes are no codes of rows of width {rank}")
-        if header["factors"]["dtype"] == "F64" or ("code_fine" in shapes and bytes_of_block != possible[0]):
+        block, fine = shapes["code_blocks"][1], shapes["code_fine"][1] if "code_fine" in shapes else None
+        if not 1 <= rank <= formats.MAX_WIDTH or not formats.are_shapes(block, fine, rank):
+            beside = "" if fine is None else f" beside rows of {fine} bytes"
+            raise ValueError(f"path: {path}: blocks of {block} bytes{beside} are no codes of rows of width {rank}")
+        if header["factors"]["dtype"] == "F64":
             raise ValueError(f"path: {path} holds codes that no table has")
     return names, Facts(cell_rows, changed)
 
@@ -155,7 +155,7 @@ def _wanted(rows: int, rank: int, cell_rows: int = 0) -> dict[str, _Wanted]:
         ),
         "code_reference": _Wanted(("F32",), [2]),
         "code_blocks": _Wanted(("U8",), [rows // formats.BLOCK, None]),
-        "code_fine": _Wanted(("U8",), [coded, formats.fine_bytes(rank)]),
+        "code_fine": _Wanted(("U8",), [coded, None]),
         "code_order": _Wanted(("I32",), [coded, 2]),
         "code_bias": _Wanted(("F32",), [coded]),
         "code_cells": _Wanted(("U8",), [-(-cells // formats.BLOCK), formats.block_bytes(rank, formats.CELL_BITS)]),

@@ -127,8 +127,9 @@ urm::Rotation view(const RotationSpec& spec) {
 // order and bias of the codes; rows of a cell, their number, codes, references of lost and norm, bias
 using Cells = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t, float, float, uintptr_t>;
 
-// bits, blocks, their number, fine codes, rotation, references of lost and norm
-using Codes = std::tuple<int, uintptr_t, int64_t, uintptr_t, RotationSpec, float, float, std::optional<Cells>>;
+// bits, blocks, their number, fine codes, rotation, references of lost and norm, shares of the slack, cells
+using Codes =
+    std::tuple<int, uintptr_t, int64_t, uintptr_t, RotationSpec, float, float, float, float, std::optional<Cells>>;
 
 urm::Codes view(const Codes& c) {
   urm::Codes codes;
@@ -139,7 +140,9 @@ urm::Codes view(const Codes& c) {
   codes.rotation = view(std::get<4>(c));
   codes.lost_reference = std::get<5>(c);
   codes.norm_reference = std::get<6>(c);
-  if (const auto& cells = std::get<7>(c)) {
+  codes.slack = std::get<7>(c);
+  codes.fine_slack = std::get<8>(c);
+  if (const auto& cells = std::get<9>(c)) {
     codes.order = at<urm::Placed>(std::get<0>(*cells));
     codes.bias = at<float>(std::get<1>(*cells));
     codes.cells.rows = std::get<2>(*cells);
@@ -211,7 +214,7 @@ void run(bool (*scan)(const Request&), Request& request) {
 }
 
 void score_topk(const Queries& queries, const Table& table, int reduce, const FilterSpec& filter, int64_t k,
-                bool sorted, int torch_threads, uintptr_t scores, uintptr_t ids, uintptr_t counts) {
+                bool sorted, int torch_threads, uintptr_t scores, uintptr_t ids, uintptr_t counts, uintptr_t proven) {
   urm::TopKRequest request;
   set_scan(queries, table, reduce, filter, torch_threads, request);
   request.counts = at<urm::ScanCounts>(counts);
@@ -219,6 +222,7 @@ void score_topk(const Queries& queries, const Table& table, int reduce, const Fi
   request.sorted = sorted;
   request.scores = at<float>(scores);
   request.ids = at<int64_t>(ids);
+  request.proven = at<uint8_t>(proven);
   run(&urm::scan_topk, request);
 }
 
@@ -310,7 +314,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("instruction_sets", &instruction_sets, "Usable instruction sets, best first.");
   m.def("instruction_set", [] { return chosen_kernels().name; }, "The one in use: URM_CPU_ISA, or the best.");
   m.def("threads", &chosen_threads, "Threads a call may use: URM_NUM_THREADS, or the number given (torch's).");
-  m.def("score_topk", &score_topk, "Counts of the scan are added to three int64 at an address, where one is given.");
+  m.def("score_topk", &score_topk,
+        "Counts of the scan are added to five int64 at an address, where one is given; whether users' results are "
+        "proven is written to as many bytes at another.");
   m.def("nearest", &nearest, "The k best rows under max, as the library's own clustering asks for them.");
   m.def("encode_blocks", &encode_blocks, "Codes of all whole blocks of the items.");
   m.def(

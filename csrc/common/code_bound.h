@@ -13,7 +13,7 @@ struct CodedLengths {
 };
 
 // sum: of the products of codes, not below it. step, kept, lost: the query's b, g, f. error: code_error (g + f) of the
-// user's longest queries; underflow: code_underflow.
+// user's longest queries; underflow: kCodeUnderflow.
 template <class V>
 URM_HOST_DEVICE V code_bound(V sum, V step, V kept, V lost, V error, V underflow, CodedLengths<V> row) {
   V bound = V::multiply(sum, step);

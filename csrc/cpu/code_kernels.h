@@ -17,8 +17,8 @@ struct EncodedRows {
   uint16_t lost[kLanes], norm[kLanes];
 };
 
-// A user's side of the bound (csrc/common/codes.h): b, the largest g and f, and the table's constants, whose part of
-// the bound stands in the sums' start.
+// A user's side of the bound (csrc/common/codes.h): b, the largest g and f (a share of them where bounds are probable),
+// and the table's constants, whose part of the bound stands in the sums' start.
 struct CodeBound {
   float step, kept, lost;
   float error;  // code_error (g + f)
@@ -36,6 +36,8 @@ struct CodedRow {
 struct CodeSums {
   // largest[g][32 b + i] = max over the queries of group g of start[q] + u_q . c for row i of block b of `blocks`, each
   // `stride` bytes behind the other. starts[q] includes - offset * sum(u_q).
+  void (*largest2)(const char* codes, int64_t stride, int64_t blocks, int64_t quads, const int8_t* queries,
+                   const int32_t* starts, int64_t count, Ahead ahead, int32_t* largest);
   void (*largest4)(const char* codes, int64_t stride, int64_t blocks, int64_t quads, const int8_t* queries,
                    const int32_t* starts, int64_t count, Ahead ahead, int32_t* largest);
   void (*largest8)(const char* codes, int64_t stride, int64_t blocks, int64_t quads, const int8_t* queries,

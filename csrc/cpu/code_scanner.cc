@@ -112,7 +112,8 @@ const float* CodeScanner<Results>::bias_of_blocks(int64_t first_block, int64_t b
 
 template <class Results>
 void CodeScanner<Results>::sum_blocks(int64_t user, int64_t first_block, int64_t blocks, Ahead ahead) {
-  const auto largest = codes_.bits == 4 ? kernels_.codes->largest4 : kernels_.codes->largest8;
+  const CodeSums& sums = *kernels_.codes;
+  const auto largest = codes_.bits == 2 ? sums.largest2 : codes_.bits == 4 ? sums.largest4 : sums.largest8;
   const int64_t quads = quads_of(r_), at = queries_.first_group[user] * kLanes;
   const int64_t stride = step_ * block_bytes(r_, codes_.bits);
   largest(codes_.blocks + first_block * stride, stride, blocks, quads, queries_.codes.data() + at * quads * kQuad,
@@ -130,8 +131,8 @@ void CodeScanner<Results>::prune(int64_t user, int64_t first_block, int64_t bloc
   const int64_t stride = step_ * block_bytes(r_, codes_.bits);
   kernels_.prune_codes(work_.largest_sums.data(), groups_of(user),
                        codes_.blocks + first_block * stride + block_code_bytes(r_, codes_.bits), stride, blocks,
-                       queries_.bounds[user], relative, offset, bias, results_.threshold(slot_, user), bounds,
-                       survivors);
+                       queries_.bounds[user], relative, offset, bias,
+                       probable() ? group_.least[user] : results_.threshold(slot_, user), bounds, survivors);
 }
 
 template <class Results>
@@ -139,6 +140,41 @@ void CodeScanner<Results>::bounds_of_block(int64_t user, int64_t block, float* b
   sum_blocks(user, block, 1, Ahead{nullptr, 0});
   uint32_t survivors;
   prune(user, block, 1, nullptr, bounds, &survivors);
+}
+
+template <class Results>
+uint32_t CodeScanner<Results>::reach_of_block(int64_t user, int64_t block) {
+  float bounds[kBlockRows], bias[kBlockRows];
+  uint32_t survivors;
+  if (request_.bias.data) kernels_.widen(part_of(request_.bias, block * kBlockRows, kBlockRows), kBlockRows, bias);
+  sum_blocks(user, block, 1, Ahead{nullptr, 0});
+  prune(user, block, 1, request_.bias.data ? bias : nullptr, bounds, &survivors);
+  return survivors;
+}
+
+template <class Results>
+bool CodeScanner<Results>::admits(int64_t user, int64_t place) {
+  return (reach_of_block(user, place / kBlockRows) >> place % kBlockRows & 1) && fine_reaches(user, place);
+}
+
+// Whether a row's probable bound from its fine code, where there is one, reaches what it has to.
+template <class Results>
+bool CodeScanner<Results>::fine_reaches(int64_t user, int64_t place) {
+  if (!codes_.fine) return true;
+  float* bounds = work_.row_bounds.data();
+  bounds_of_row(user, place, ~uint64_t{0}, bounds, true);
+  return !(bound_of_score(user, bounds, bias_of_row(place)) < group_.least[user]);
+}
+
+// The bound of a row's score from those of all of the user's queries.
+template <class Results>
+float CodeScanner<Results>::bound_of_score(int64_t user, const float* bounds, float bias) const {
+  const int64_t queries = group_.packed.start[user + 1] - group_.packed.start[user];
+  const float largest = *std::max_element(bounds, bounds + queries);
+  if (request_.reduce != Reduce::kLogSumExp) return largest + bias;
+  float relative, offset;
+  log_sum_exp_excess(queries, &relative, &offset);
+  return fused_multiply_add(std::fabs(largest), relative, largest) + offset + bias;
 }
 
 template <class Results>
@@ -154,7 +190,8 @@ template <class Results>
 uint64_t CodeScanner<Results>::groups_that_reach(int64_t user, int64_t place, int64_t i, int64_t rows,
                                                  float bound) const {
   const int64_t groups = groups_of(user);
-  if (groups == 1 || request_.reduce == Reduce::kLogSumExp) return ~uint64_t{0};
+  // A probable bound says which rows to score, not which queries make their scores.
+  if (groups == 1 || probable() || request_.reduce == Reduce::kLogSumExp) return ~uint64_t{0};
   const int32_t* sums = work_.largest_sums.data() + i;
   int64_t largest = sums[0];
   for (int64_t g = 1; g < groups; ++g) largest = std::max<int64_t>(largest, sums[g * rows]);
@@ -177,11 +214,12 @@ void CodeScanner<Results>::keep(const Survivor& survivor) {
     rescore(work_.survivors);
   }
   work_.survivors.push_back(survivor);
-  if (codes_.fine) fetch(codes_.fine + survivor.place * fine_row_bytes(r_), fine_row_bytes(r_));
+  if (codes_.fine)
+    fetch(codes_.fine + survivor.place * fine_row_bytes(r_, codes_.bits), fine_row_bytes(r_, codes_.bits));
   else if (group_.packed.total == group_.users) fetch_row(survivor.place);
 }
 
-// Scores pairs, and forgets them. Bounds are compared again: thresholds may have risen.
+// Scores pairs, and forgets them. Certain bounds are compared again: thresholds may have risen.
 template <class Results>
 void CodeScanner<Results>::rescore(AlignedVector<Survivor>& pairs) {
   const int64_t most = static_cast<int64_t>(work_.chosen.size()) / kRescoreBatch;
@@ -190,7 +228,7 @@ void CodeScanner<Results>::rescore(AlignedVector<Survivor>& pairs) {
     int64_t taken = 0;
     for (; next < pairs.size() && taken < kRescoreBatch; ++next) {
       const Survivor& pair = pairs[next];
-      if (pair.bound < results_.threshold(slot_, pair.user)) continue;
+      if (!probable() && pair.bound < results_.threshold(slot_, pair.user)) continue;
       const int64_t count = choose(pair, work_.chosen.data() + taken * most);
       if (!count) continue;
       fetch_row(pair.place);
@@ -215,8 +253,10 @@ int64_t CodeScanner<Results>::groups_of(int64_t user) const {
 }
 
 template <class Results>
-void CodeScanner<Results>::bounds_of_row(int64_t user, int64_t place, uint64_t groups, float* bounds) {
+void CodeScanner<Results>::bounds_of_row(int64_t user, int64_t place, uint64_t groups, float* bounds, bool likely) {
   const int64_t quads = quads_of(r_), first = queries_.first_group[user];
+  const AlignedVector<float>& kept = likely ? queries_.likely_kept : queries_.kept;
+  const AlignedVector<float>& lost = likely ? queries_.likely_lost : queries_.lost;
   const CodedRow coded = coded_row(place);
   for (int64_t g = 0; g < groups_of(user); ++g) {
     if (!is_among(groups, g)) continue;
@@ -224,7 +264,7 @@ void CodeScanner<Results>::bounds_of_row(int64_t user, int64_t place, uint64_t g
     int32_t sums[kLanes];
     kernels_.codes->of_row(coded.codes, quads, queries_.codes.data() + at * quads * kQuad,
                            queries_.row_starts.data() + at, 1, sums);
-    kernels_.bounds_of_queries(sums, queries_.kept.data() + at, queries_.lost.data() + at, coded, queries_.bounds[user],
+    kernels_.bounds_of_queries(sums, kept.data() + at, lost.data() + at, coded, queries_.bounds[user],
                                bounds + g * kLanes);
   }
 }
@@ -234,7 +274,8 @@ void CodeScanner<Results>::bounds_of_row(int64_t user, int64_t place, uint64_t g
 template <class Results>
 int64_t CodeScanner<Results>::choose(const Survivor& pair, int32_t* chosen) {
   const int64_t queries = group_.packed.start[pair.user + 1] - group_.packed.start[pair.user];
-  if (queries == 1 && !codes_.fine) {
+  if (probable() && !fine_reaches(pair.user, pair.place)) return 0;
+  if (queries == 1 && (probable() || !codes_.fine)) {
     chosen[0] = 0;
     return 1;
   }
@@ -248,24 +289,30 @@ int64_t CodeScanner<Results>::choose(const Survivor& pair, int32_t* chosen) {
         if (!(bounds[m] + bias < threshold)) chosen[count++] = static_cast<int32_t>(m);
     return count;
   }
-  const float largest = *std::max_element(bounds, bounds + queries);
-  float relative, offset;
-  log_sum_exp_excess(queries, &relative, &offset);
-  const float bound = fused_multiply_add(std::fabs(largest), relative, largest) + offset + bias;
-  return bound < threshold ? 0 : queries;
+  return bound_of_score(pair.user, bounds, bias) < threshold ? 0 : queries;
 }
 
 template <class Results>
 CodedRow CodeScanner<Results>::coded_row(int64_t place) {
   const int64_t quads = quads_of(r_);
   if (codes_.fine) {
-    const char* fine = codes_.fine + place * fine_row_bytes(r_);
-    counts_.bytes += fine_row_bytes(r_);
+    const char *fine = codes_.fine + place * fine_row_bytes(r_, codes_.bits),
+               *side = fine + fine_code_bytes(r_, codes_.bits);
+    counts_.bytes += fine_row_bytes(r_, codes_.bits);
     CodedRow out{reinterpret_cast<const uint8_t*>(fine), 0, 0, 0};
+    if (fine_bits(codes_.bits) == 4) {
+      for (int64_t q = 0; q < quads; ++q) {
+        uint16_t pair;
+        std::memcpy(&pair, fine + q * sizeof pair, sizeof pair);
+        const uint32_t quad = unpacked_quad(pair);
+        std::memcpy(work_.row_codes.data() + q * kQuad, &quad, sizeof quad);
+      }
+      out.codes = work_.row_codes.data();
+    }
     uint16_t lost, norm;
-    std::memcpy(&out.scale, fine + quads * kQuad, sizeof out.scale);
-    std::memcpy(&lost, fine + quads * kQuad + 4, sizeof lost);
-    std::memcpy(&norm, fine + quads * kQuad + 6, sizeof norm);
+    std::memcpy(&out.scale, side, sizeof out.scale);
+    std::memcpy(&lost, side + 4, sizeof lost);
+    std::memcpy(&norm, side + 6, sizeof norm);
     out.lost = value_of_half(lost), out.norm = value_of_half(norm);
     return out;
   }

@@ -52,7 +52,12 @@ class CodeScanner {
   // Upper bounds of the rows of a block, under max, [32]; and of one row's dots with a user's queries, of chosen groups
   // of 16 (see Survivor), in their places.
   void bounds_of_block(int64_t user, int64_t block, float* bounds);
-  void bounds_of_row(int64_t user, int64_t place, uint64_t groups, float* bounds);
+  void bounds_of_row(int64_t user, int64_t place, uint64_t groups, float* bounds, bool likely = false);
+
+  // Where bounds are probable, whose rows the result consists of: the rows of a block whose bound reaches what it has
+  // to (group.least), and whether a row of a block does, also by its fine code.
+  uint32_t reach_of_block(int64_t user, int64_t block);
+  bool admits(int64_t user, int64_t place);
 
   const ScanCounts& counts() const { return counts_; }
 
@@ -71,6 +76,9 @@ class CodeScanner {
   uint64_t groups_that_reach(int64_t user, int64_t place, int64_t i, int64_t rows, float bound) const;
   void rescore(AlignedVector<Survivor>& pairs);
   int64_t choose(const Survivor& pair, int32_t* chosen);
+  bool fine_reaches(int64_t user, int64_t place);
+  float bound_of_score(int64_t user, const float* bounds, float bias) const;
+  bool probable() const { return !group_.least.empty(); }
   CodedRow coded_row(int64_t place);
   const char* block_of(int64_t place) const;
   float bias_of_row(int64_t place);

@@ -1,5 +1,5 @@
-// Sums of products of codes by AVX2. Products of 4-bit codes are added in pairs of 16 bits, which they cannot exceed;
-// those of 8-bit codes are widened first, since pairs of them can.
+// Sums of products of codes by AVX2. Products of 2-bit and 4-bit codes are added in pairs of 16 bits, which they cannot
+// exceed; those of 8-bit codes are widened first, since pairs of them can.
 #include <immintrin.h>
 
 #include "code_kernels.h"
@@ -46,6 +46,44 @@ __m256i repeat_signed(const void* quad) {
 // From two sums of pairs for each of 4 + 4 rows to one sum for each of 8.
 __m256i join_pairs(__m256i first, __m256i second) {
   return _mm256_permute4x64_epi64(_mm256_hadd_epi32(first, second), 0xD8);
+}
+
+void largest2(const char* codes, int64_t stride, int64_t blocks, int64_t quads, const int8_t* queries,
+              const int32_t* starts, int64_t count, Ahead ahead, int32_t* largest) {
+  const __m256i field = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
+  const int64_t lines = (ahead.lines + blocks * count - 1) / (blocks * count);
+  const char *fetch = ahead.address, *fetch_end = ahead.address + ahead.lines * kCacheLine;
+  for (int64_t b = 0; b < blocks; ++b, codes += stride) {
+    for (int64_t q = 0; q < count; ++q) {
+      int32_t* most = largest + (q / kLanes * blocks + b) * kBlockRows;
+      for (int64_t i = 0; i < lines && fetch < fetch_end; ++i, fetch += kCacheLine) __builtin_prefetch(fetch, 0, 2);
+      const int8_t* query = queries + (q / kLanes * quads * kLanes + q % kLanes) * kQuad;
+      __m256i sums[4];  // rows 0..7, 8..15, 16..23, 24..31
+      for (__m256i& sum : sums) sum = _mm256_setzero_si256();
+      for (int64_t quad = 0; quad < quads;) {
+        __m256i pairs[4];
+        for (__m256i& pair : pairs) pair = _mm256_setzero_si256();
+        for (const int64_t end = quad + 2 * kPairSteps; quad < quads && quad < end; quad += 2) {
+          const __m256i u = _mm256_set1_epi32(quad_at(query + quad * kWide));
+          const __m256i v =
+              quad + 1 < quads ? _mm256_set1_epi32(quad_at(query + (quad + 1) * kWide)) : _mm256_setzero_si256();
+          for (int half = 0; half < 2; ++half) {
+            const __m256i x = load(codes + quad / 2 * kWide + half * kRegister);
+            const auto add = [&](int high, int shift, __m256i by) {
+              const __m256i stored = _mm256_and_si256(_mm256_srli_epi16(x, shift), field);
+              pairs[2 * high + half] = _mm256_add_epi16(pairs[2 * high + half], _mm256_maddubs_epi16(stored, by));
+            };
+            add(0, 0, u), add(1, 2, u), add(0, 4, v), add(1, 6, v);
+          }
+        }
+        for (int i = 0; i < 4; ++i) sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs[i], ones));
+      }
+      for (int i = 0; i < 4; ++i) {
+        const __m256i sum = _mm256_add_epi32(_mm256_slli_epi32(sums[i], 1), _mm256_set1_epi32(starts[q]));
+        store(most + 8 * i, q % kLanes ? _mm256_max_epi32(sum, load(most + 8 * i)) : sum);
+      }
+    }
+  }
 }
 
 void largest4(const char* codes, int64_t stride, int64_t blocks, int64_t quads, const int8_t* queries,
@@ -140,6 +178,6 @@ int32_t rate_loop(int64_t steps) {
 
 }  // namespace
 
-extern const CodeSums kAvx2CodeSums = {largest4, largest8, of_row, rate_loop, 2 * kRegister * kRateChains};
+extern const CodeSums kAvx2CodeSums = {largest2, largest4, largest8, of_row, rate_loop, 2 * kRegister * kRateChains};
 
 }  // namespace urm

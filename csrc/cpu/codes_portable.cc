@@ -19,9 +19,9 @@ void largest(const char* codes, int64_t stride, int64_t blocks, int64_t quads, c
     for (int64_t q = 0; q < count; ++q) {
       int32_t sum = starts[q];
       for (int64_t e = 0; e < quads * kQuad; ++e) {
-        const int32_t byte = block[code_place(lane, e, Bits)];
-        const int32_t code = Bits == 8 ? byte : lane < kLanes ? byte & 15 : byte >> 4;
-        sum += code * query_code(queries, quads, q, e);
+        const int32_t byte = block[code_place(lane, e, Bits)] >> code_shift(lane, e, Bits);
+        const int32_t stored = byte & ((1 << Bits) - 1);
+        sum += (Bits == 2 ? 2 * stored : stored) * query_code(queries, quads, q, e);
       }
       int32_t& most = largest[q / kLanes * blocks * kBlockRows + row];
       most = q % kLanes ? std::max(most, sum) : sum;
@@ -49,6 +49,6 @@ int32_t rate_loop(int64_t steps) {
 
 }  // namespace
 
-extern const CodeSums kPortableCodeSums = {largest<4>, largest<8>, of_row, rate_loop, 2 * kChains};
+extern const CodeSums kPortableCodeSums = {largest<2>, largest<4>, largest<8>, of_row, rate_loop, 2 * kChains};
 
 }  // namespace urm

@@ -48,6 +48,58 @@ __attribute__((always_inline)) inline void keep_largest(int32_t* largest, __m512
   _mm512_storeu_si512(largest, first ? sums : _mm512_max_epi32(sums, _mm512_loadu_si512(largest)));
 }
 
+// Q queries with `Blocks` blocks. A byte's halves belong to two quads; within each, the codes of rows 16..31 stand two
+// bits above those of rows 0..15: the sum with both less the one with the low two is four times theirs. What is stored
+// is doubled in the end, so that sums are those of c + 3.
+template <int Q, int Blocks, class Fetch>
+__attribute__((always_inline)) inline void largest2_of(const char* codes, int64_t stride, int64_t quads,
+                                                       const int8_t* queries, const int32_t* starts, bool first,
+                                                       Fetch& fetch, int32_t* largest) {
+  __m512i low[Q][Blocks], both[Q][Blocks];
+  for (int q = 0; q < Q; ++q)
+    for (int b = 0; b < Blocks; ++b) low[q][b] = both[q][b] = _mm512_setzero_si512();
+  const __m512i half = _mm512_set1_epi8(15), field = _mm512_set1_epi8(3);
+  for (int64_t pair = 0; pair < (quads + 1) / 2; ++pair, codes += kRegister, queries += 2 * kRegister) {
+    const bool whole = 2 * pair + 1 < quads;  // or the last quad has no other
+    __m512i x[Blocks][2], x_low[Blocks][2];
+#pragma GCC unroll 4
+    for (int b = 0; b < Blocks; ++b) {
+      const __m512i loaded = _mm512_loadu_si512(codes + b * stride);
+      x[b][0] = _mm512_and_si512(loaded, half);
+      x[b][1] = _mm512_and_si512(_mm512_srli_epi16(loaded, 4), half);
+      x_low[b][0] = _mm512_and_si512(x[b][0], field);
+      x_low[b][1] = _mm512_and_si512(x[b][1], field);
+    }
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; ++odd) {
+      if (odd && !whole) break;
+#pragma GCC unroll 8
+      for (int q = 0; q < Q; ++q) {
+        const __m512i u = repeated_quad(queries + odd * kRegister + q * kQuad);
+#pragma GCC unroll 4
+        for (int b = 0; b < Blocks; ++b) {
+          add_products(low[q][b], x_low[b][odd], u);
+          add_products(both[q][b], x[b][odd], u);
+        }
+      }
+    }
+    fetch.step();
+  }
+  for (int b = 0; b < Blocks; ++b) {
+    __m512i low_most, high_most;
+    for (int q = 0; q < Q; ++q) {
+      const __m512i start = _mm512_set1_epi32(starts[q]);
+      const __m512i four_high = _mm512_sub_epi32(both[q][b], low[q][b]);
+      const __m512i low_sum = _mm512_add_epi32(_mm512_slli_epi32(low[q][b], 1), start);
+      const __m512i high_sum = _mm512_add_epi32(_mm512_srai_epi32(four_high, 1), start);
+      low_most = q ? _mm512_max_epi32(low_most, low_sum) : low_sum;
+      high_most = q ? _mm512_max_epi32(high_most, high_sum) : high_sum;
+    }
+    keep_largest(largest + b * kBlockRows, low_most, first);
+    keep_largest(largest + b * kBlockRows + kLanes, high_most, first);
+  }
+}
+
 // Q queries with `Blocks` blocks. The codes of rows 16..31 stand in the high halves of the bytes: the sum with whole
 // bytes less that with low halves is 16 times theirs, so a single `and` serves both.
 template <int Q, int Blocks, class Fetch>
@@ -127,7 +179,8 @@ template <int Bits, int Q, int Blocks, class Fetch>
 __attribute__((always_inline)) inline void one_call(const char* codes, int64_t stride, int64_t quads,
                                                     const int8_t* queries, const int32_t* starts, bool first,
                                                     Fetch& fetch, int32_t* largest) {
-  if constexpr (Bits == 4) largest4_of<Q, Blocks>(codes, stride, quads, queries, starts, first, fetch, largest);
+  if constexpr (Bits == 2) largest2_of<Q, Blocks>(codes, stride, quads, queries, starts, first, fetch, largest);
+  else if constexpr (Bits == 4) largest4_of<Q, Blocks>(codes, stride, quads, queries, starts, first, fetch, largest);
   else largest8_of<Q, Blocks>(codes, stride, quads, queries, starts, first, fetch, largest);
 }
 
@@ -136,8 +189,9 @@ template <int Bits, int Q, int Blocks, int Quads, bool Fetching>
 void some_queries(const char* codes, int64_t stride, int64_t blocks, int64_t quads, const int8_t* queries,
                   const int32_t* starts, bool first, Ahead ahead, int32_t* largest) {
   if (Quads) quads = Quads;
-  // A block's sides are some more lines than its quads.
-  Fetch<Fetching ? Blocks + 1 : 0> fetch(ahead, (blocks / Blocks + blocks % Blocks) * quads);
+  // A block's sides are some more lines than its steps.
+  const int64_t steps = Bits == 2 ? (quads + 1) / 2 : quads;
+  Fetch<Fetching ? Blocks + 1 : 0> fetch(ahead, (blocks / Blocks + blocks % Blocks) * steps);
   int64_t b = 0;
   for (; b + Blocks <= blocks; b += Blocks)
     one_call<Bits, Q, Blocks>(codes + b * stride, stride, quads, queries, starts, first, fetch,
@@ -213,6 +267,7 @@ int32_t rate_loop(int64_t steps) {
 
 }  // namespace
 
-extern const CodeSums kVnniCodeSums = {largest<4>, largest<8>, of_row, rate_loop, 2 * kRegister * kRateChains};
+extern const CodeSums kVnniCodeSums = {largest<2>, largest<4>, largest<8>,
+                                       of_row,     rate_loop,  2 * kRegister * kRateChains};
 
 }  // namespace urm

@@ -35,7 +35,7 @@ class Encoder {
       const int64_t first = block * kBlockRows + half * kLanes;
       rotate(first, kLanes);
       if (request_.fine) {
-        EncodedRows fine = encode(8, 2);
+        EncodedRows fine = encode(fine_bits(request_.bits), 2);
         for (int i = 0; i < kLanes; ++i) write_fine(fine, i, first + i);
       }
       halves[half] = encode(request_.bits, half);
@@ -47,7 +47,7 @@ class Encoder {
   void rows(int64_t first, int64_t count, const int64_t* rows) {
     rotate(first, count);
     if (request_.fine) {
-      const EncodedRows fine = encode(8, 2);
+      const EncodedRows fine = encode(fine_bits(request_.bits), 2);
       for (int64_t i = 0; i < count; ++i) write_fine(fine, i, rows[first + i]);
     }
     const EncodedRows coarse = encode(request_.bits, 0);
@@ -86,7 +86,11 @@ class Encoder {
     uint32_t* codes = reinterpret_cast<uint32_t*>(block);
     for (int64_t q = 0; q < quads_; ++q) {
       const uint32_t *low = halves[0].quads[q], *high = halves[1].quads[q];
-      if (request_.bits == 4)
+      if (request_.bits == 2) {  // bytes c + 3 are twice what is stored
+        uint32_t* pair = codes + q / 2 * kLanes;
+        for (int i = 0; i < kLanes; ++i)
+          pair[i] = q % 2 ? pair[i] | (low[i] >> 1 | high[i] << 1) << 4 : low[i] >> 1 | high[i] << 1;
+      } else if (request_.bits == 4)
         for (int i = 0; i < kLanes; ++i) *codes++ = low[i] | high[i] << 4;
       else
         for (int i = 0; i < kBlockRows; ++i) *codes++ = i < kLanes ? low[i] : high[i - kLanes];
@@ -102,23 +106,27 @@ class Encoder {
     std::memcpy(side + kBlockRows * 6 + lane * 2, &rows.norm[i], 2);
   }
 
-  // Another row of the block may be read meanwhile: its half of a shared byte is written as it was.
+  // Another row of the block may be read meanwhile: its part of a shared byte is written as it was.
   void write_row(const EncodedRows& rows, int64_t i, int64_t row) const {
     char* block = request_.blocks + row / kBlockRows * block_bytes(r_, request_.bits);
     const int64_t lane = row % kBlockRows;
+    const int mask = (1 << request_.bits) - 1;
     for (int64_t e = 0; e < quads_ * kQuad; ++e) {
-      const uint8_t code = static_cast<uint8_t>(rows.quads[e / kQuad][i] >> 8 * (e % kQuad));
+      const int code = rows.quads[e / kQuad][i] >> 8 * (e % kQuad) & 0xFF, shift = code_shift(lane, e, request_.bits);
       uint8_t& byte = reinterpret_cast<uint8_t*>(block)[code_place(lane, e, request_.bits)];
-      if (request_.bits == 8) byte = code;
-      else if (lane < kLanes) byte = static_cast<uint8_t>((byte & 0xF0) | code);
-      else byte = static_cast<uint8_t>((byte & 0x0F) | code << 4);
+      byte = static_cast<uint8_t>((byte & ~(mask << shift)) | (request_.bits == 2 ? code / 2 : code) << shift);
     }
     write_side(rows, i, block + block_code_bytes(r_, request_.bits), lane);
   }
 
   void write_fine(const EncodedRows& rows, int64_t i, int64_t row) const {
-    char* out = request_.fine + row * fine_row_bytes(r_);
-    for (int64_t q = 0; q < quads_; ++q, out += kQuad) std::memcpy(out, &rows.quads[q][i], kQuad);
+    char* out = request_.fine + row * fine_row_bytes(r_, request_.bits);
+    for (int64_t q = 0; q < quads_; ++q) {
+      const uint16_t pair = packed_quad(rows.quads[q][i]);
+      if (fine_bits(request_.bits) == 4) std::memcpy(out + q * sizeof pair, &pair, sizeof pair);
+      else std::memcpy(out + q * kQuad, &rows.quads[q][i], kQuad);
+    }
+    out += fine_code_bytes(r_, request_.bits);
     std::memcpy(out, &rows.scale[i], 4);
     std::memcpy(out + 4, &rows.lost[i], 2);
     std::memcpy(out + 6, &rows.norm[i], 2);

@@ -47,6 +47,9 @@ struct Group {
   AllowedBlocks blocks{};
   AlignedVector<float> cell_bounds{};  // [cells][users]; empty where cells are not asked
   AlignedVector<int64_t> replaced{};   // places of rows that have been, ascending: their codes may be changing
+  // [users], where bounds are probable: what these have to reach, whatever is found meanwhile. The rows that do are
+  // the same for any order and number of threads.
+  AlignedVector<float> least{};
   int threads = 1;
   int64_t chunk_rows = 0;  // handed out at a time
   int64_t chunks = 0;

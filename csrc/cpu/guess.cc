@@ -13,12 +13,16 @@
 namespace urm {
 namespace {
 
-constexpr int64_t kStep = 256;            // of the sample: its exact scores cost 0.4 % of an exact scan
-constexpr int64_t kFewestRows = 1 << 16;  // a sample of 256
-constexpr int64_t kFewestResults = 512;   // below, the running threshold is soon as good as a guess from two rows
-constexpr int64_t kBlockStep = 64;        // of a sample of blocks: their codes are 1.6 % of all
-constexpr int64_t kFirstRows = 512;       // scored before, without codes, for a threshold of that sample
-constexpr double kMostTogether = 4;       // rows of a block on average among the best; more, and there is no guess
+constexpr int64_t kStep = 256;                  // of the sample: its exact scores cost 0.4 % of an exact scan
+constexpr int64_t kFewestRows = 1 << 16;        // a sample of 256
+constexpr int64_t kFewestResults = 512;         // below, the running threshold is soon as good as a guess from two rows
+constexpr int64_t kBlockStep = 64;              // of a sample of blocks: their codes are 1.6 % of all
+constexpr int64_t kFirstRows = 512;             // scored before, without codes, for a threshold of that sample
+constexpr int64_t kFirstRowsOfProbable = 1024;  // likewise for probable bounds, which see no better one meanwhile
+constexpr int64_t kTriedBlocks = 32;            // on which probable bounds are tried:
+constexpr int64_t kMostOfSample = 4;            // one row in so many may be left for the sample,
+constexpr int64_t kMostOfScan = 8;              // and in so many for the scan
+constexpr double kMostTogether = 4;  // rows of a block on average among the best; more, and there is no guess
 
 // The exact score at `rank` among every step-th row.
 AlignedVector<float> score_at_rank(const ScanRequest& request, int64_t first, int64_t last, int64_t step,
@@ -49,6 +53,23 @@ double rows_together(const Group& group, const uint64_t* keys, int64_t count) {
   std::sort(blocks.begin(), blocks.end());
   const auto different = std::unique(blocks.begin(), blocks.end()) - blocks.begin();
   return static_cast<double>(count) / std::max<double>(1, static_cast<double>(different));
+}
+
+// From the `most` best rows of a sample of blocks, in which `expected` of the k best are; -inf where these are too few.
+float guess_from(const Group& group, TopKBuffer& best, int64_t most, double expected) {
+  uint64_t* keys = best.keys();
+  const int64_t found = std::min(most, best.size());
+  std::partial_sort(keys, keys + found, keys + best.size(), std::greater<uint64_t>());
+  const int64_t rank = rank_in_part(expected, rows_together(group, keys, found));
+  return rank <= found ? key_score(keys[rank - 1]) : -std::numeric_limits<float>::infinity();
+}
+
+// Whether a user's probable bounds leave more than one row in so many of some blocks.
+bool leaves_more_than(CodeScanner<TopKResults>& scanner, const Codes& codes, int64_t user, int64_t one_in) {
+  int64_t left = 0;
+  for (int64_t i = 0; i < kTriedBlocks; ++i)
+    left += __builtin_popcount(scanner.reach_of_block(user, i * codes.count / kTriedBlocks));
+  return left * one_in > kTriedBlocks * kBlockRows;
 }
 
 }  // namespace
@@ -95,16 +116,50 @@ AlignedVector<float> guess_by_codes(const TopKRequest& request, Group& group, st
   });
   // Codes rule out too little: a pair by itself costs as much as several in passing.
   if (hopeless.load()) return guess_thresholds(request, group.first_user, last_user);
-  AlignedVector<float> guesses(group.users, -std::numeric_limits<float>::infinity());
-  for (int64_t user = 0; user < group.users; ++user) {
-    TopKBuffer& best = results.best(user);
-    uint64_t* keys = best.keys();
-    const int64_t found = std::min(most, best.size());
-    std::partial_sort(keys, keys + found, keys + best.size(), std::greater<uint64_t>());
-    const int64_t rank = rank_in_part(expected, rows_together(group, keys, found));
-    if (rank <= found) guesses[user] = key_score(keys[rank - 1]);
-  }
+  AlignedVector<float> guesses(group.users);
+  for (int64_t user = 0; user < group.users; ++user)
+    guesses[user] = guess_from(group, results.best(user), most, expected);
   return guesses;
+}
+
+bool guess_for_probable_bounds(const TopKRequest& request, Group& group, std::vector<Workspace>& work) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const int64_t blocks = request.codes.count / kBlockStep, rows = request.items.rows;
+  if (rows < kFewestRows || request.k > rows / 2) return false;
+  const double expected = static_cast<double>(request.k) * (blocks * kBlockRows) / rows;
+  const int64_t most = rank_in_part(expected, kMostTogether), step = rows / kFirstRowsOfProbable;
+  const double share = static_cast<double>(most) / static_cast<double>(blocks * kBlockRows);
+  const int64_t rank = rank_in_part(share * static_cast<double>(rows / step), 1);
+  group.least = score_at_rank(request, group.first_user, group.first_user + group.users, step, rank);
+
+  TopKResults results(group, most, topk_buffer_capacity(most, rows));
+  CodeScanner<TopKResults> trial(group, work[0], results, 0);
+  const auto has_queries = [&](int64_t user) { return group.packed.start[user + 1] > group.packed.start[user]; };
+  for (int64_t user = 0; user < group.users; ++user) {
+    if (!has_queries(user)) continue;
+    if (group.least[user] == -kInfinity) return false;
+    if (leaves_more_than(trial, request.codes, user, kMostOfSample)) return false;
+    results.raise_floor(user, lowest_key(group.least[user]));
+  }
+  std::atomic<int64_t> next{0};
+  run_parallel(group.threads, [&](int slot) {
+    const DefaultFloatEnvironment environment;
+    CodeScanner<TopKResults> scanner(group, work[slot], results, slot, kBlockStep);
+    for (int64_t block; (block = next.fetch_add(kStretchBlocks, std::memory_order_relaxed)) < blocks;) {
+      results.adopt(slot);
+      scanner.scan(block, std::min(kStretchBlocks, blocks - block));
+      results.publish(slot);
+    }
+    scanner.finish();
+    results.publish(slot);
+    group.count(scanner.counts());
+  });
+  for (int64_t user = 0; user < group.users; ++user) {
+    if (!has_queries(user)) continue;
+    group.least[user] = guess_from(group, results.best(user), most, expected);
+    if (group.least[user] == -kInfinity || leaves_more_than(trial, request.codes, user, kMostOfScan)) return false;
+  }
+  return true;
 }
 
 AlignedVector<float> best_of_sample(const ScanRequest& request, int64_t first, int64_t last) {

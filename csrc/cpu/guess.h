@@ -19,6 +19,10 @@ AlignedVector<float> guess_thresholds(const TopKRequest& request, int64_t first,
 // are rows: the guess is made for as many as there seem to be.
 AlignedVector<float> guess_by_codes(const TopKRequest& request, Group& group, std::vector<Workspace>& work);
 
+// The same for probable bounds, as group.least; false where these do not suit some user. Decided by what rows and codes
+// hold alone: by no clock or thread.
+bool guess_for_probable_bounds(const TopKRequest& request, Group& group, std::vector<Workspace>& work);
+
 // The best score of a sample of the rows for users [first, last), -inf where it has none; empty where a sample does not
 // pay.
 AlignedVector<float> best_of_sample(const ScanRequest& request, int64_t first, int64_t last);

@@ -83,15 +83,19 @@ struct CodeKernelsOf {
     return largest;
   }
 
-  static V code_of(V x, V inverse, float most) {
-    const V code = V::round(V::multiply(x, inverse)), limit = V::broadcast(most);
+  // The nearest code; of 2 bits, the nearest odd one.
+  static V code_of(V x, V inverse, int bits) {
+    const float most = static_cast<float>(largest_code(bits));
+    const V limit = V::broadcast(most), half = V::broadcast(0.5f);
+    V code = V::multiply(x, inverse);
+    code = V::round(bits == 2 ? V::fma(code, half, V::broadcast(-0.5f)) : code);
+    if (bits == 2) code = V::fma(code, V::broadcast(2.0f), V::broadcast(1.0f));
     return V::max(V::select_less(limit, code, limit, code), V::broadcast(-most));
   }
 
   // 16 rows of a rotated panel, which is normalised in place; `largest` are those of the rows before the rotation.
   // See EncodedRows.
   static void encode_panel(float* panel, int64_t r, const float* largest_before, int bits, EncodedRows* out) {
-    const float most = static_cast<float>(largest_code(bits));
     float largest[kLanes], inverse[kLanes];
     RowExponent exponents[kLanes];
     largest_of_panel(panel, r).store(largest);
@@ -110,23 +114,23 @@ struct CodeKernelsOf {
       const V step = V::multiply(V::load(largest), V::broadcast(clip_of(clip, bits)));
       const V factor = V::divide(V::broadcast(1.0f), step);
       V length = V::zero();
-      const V dot = sum_of_both(r, at, factor, most, &length);
+      const V dot = sum_of_both(r, at, factor, bits, &length);
       const V quality = V::divide(V::multiply(dot, dot), length);  // of the angle, which is all that the scale leaves
       step_inverse = V::select_less(best, quality, factor, step_inverse);
       best = V::select_less(best, quality, quality, best);
     }
     V length = V::zero();
-    const V dot = sum_of_both(r, at, step_inverse, most, &length);
+    const V dot = sum_of_both(r, at, step_inverse, bits, &length);
     const V scale = V::divide(squares, dot);  // unbiased: what is lost is orthogonal to the row
     const V rest = sum_of(r, [&](int64_t e, V sum) {
-      const V lost = V::fma(V::multiply(scale, V::broadcast(-1.0f)), code_of(at(e), step_inverse, most), at(e));
+      const V lost = V::fma(V::multiply(scale, V::broadcast(-1.0f)), code_of(at(e), step_inverse, bits), at(e));
       return V::fma(lost, lost, sum);
     });
     float scales[kLanes], rests[kLanes], lengths[kLanes];
     scale.store(scales), rest.store(rests), squares.store(lengths);
     uint32_t kept[kLanes];
     for (int i = 0; i < kLanes; ++i) {
-      const EncodedSide made = encoded_side(largest_before[i], exponents[i], lengths[i], rests[i], scales[i], r);
+      const EncodedSide made = encoded_side(largest_before[i], exponents[i], lengths[i], rests[i], scales[i], r, bits);
       out->scale[i] = made.side.scale, out->lost[i] = made.side.lost, out->norm[i] = made.side.norm;
       kept[i] = made.kept ? ~0u : 0;
     }
@@ -135,11 +139,11 @@ struct CodeKernelsOf {
 
   // Sum of x c, and of c c as *length, for the codes c that `inverse` makes.
   template <class At>
-  static V sum_of_both(int64_t r, At at, V inverse, float most, V* length) {
+  static V sum_of_both(int64_t r, At at, V inverse, int bits, V* length) {
     V dots[kSums], lengths[kSums];
     for (int j = 0; j < kSums; ++j) dots[j] = lengths[j] = V::zero();
     const auto add = [&](int64_t e, int j) {
-      const V x = at(e), code = code_of(x, inverse, most);
+      const V x = at(e), code = code_of(x, inverse, bits);
       dots[j] = V::fma(x, code, dots[j]);
       lengths[j] = V::fma(code, code, lengths[j]);
     };
@@ -153,19 +157,20 @@ struct CodeKernelsOf {
   }
 
   // quads[q][i]: the bytes code + offset of four elements of row i; codes of rows that are not kept, and past the end,
-  // are 0.
+  // are no_code.
   static void write_quads(const float* panel, int64_t r, V inverse, int bits, const uint32_t* kept,
                           uint32_t (*quads)[kLanes]) {
-    const float most = static_cast<float>(largest_code(bits));
-    const uint32_t offset = static_cast<uint32_t>(code_offset(bits));
+    const uint32_t none = static_cast<uint32_t>(no_code(bits)), offset = static_cast<uint32_t>(code_offset(bits));
     for (int64_t e = 0; e < r; e += kQuad, ++quads) {
-      int32_t codes[kQuad][kLanes] = {};
-      for (int j = 0; j < kQuad && e + j < r; ++j)
-        code_of(V::load(panel + (e + j) * kLanes), inverse, most).store_integers(codes[j]);
+      int32_t codes[kQuad][kLanes];
+      for (int j = 0; j < kQuad; ++j)
+        if (e + j < r) code_of(V::load(panel + (e + j) * kLanes), inverse, bits).store_integers(codes[j]);
+        else
+          for (int32_t& code : codes[j]) code = no_code(bits);
       for (int i = 0; i < kLanes; ++i) {
         uint32_t quad = 0;
         for (int j = 0; j < kQuad; ++j) {
-          const uint32_t code = static_cast<uint32_t>(codes[j][i]) & kept[i];
+          const uint32_t code = kept[i] ? static_cast<uint32_t>(codes[j][i]) : none;
           quad |= ((code + offset) & 0xFFu) << 8 * j;
         }
         (*quads)[i] = quad;

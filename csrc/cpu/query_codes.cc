@@ -59,13 +59,14 @@ QueryCodes encode_queries(const PackedQueries& packed, int64_t users, int64_t pa
     starts->resize(groups * kLanes);
     std::fill(starts->begin(), starts->end(), 0);
   }
-  for (auto* lengths : {&out.kept, &out.lost}) {
+  for (auto* lengths : {&out.kept, &out.lost, &out.likely_kept, &out.likely_lost}) {
     lengths->resize(groups * kLanes);
     std::fill(lengths->begin(), lengths->end(), 0.0f);
   }
   const float lost_reference = usable_reference(codes.lost_reference, codes);
   const float norm_reference = usable_reference(codes.norm_reference, codes);
-  const int64_t scan_offset = code_offset(codes.bits), row_offset = codes.fine ? code_offset(8) : scan_offset;
+  const int64_t scan_offset = code_offset(codes.bits);
+  const int64_t row_offset = codes.fine ? code_offset(fine_bits(codes.bits)) : scan_offset;
   for (int64_t user = 0; user < users; ++user) {
     const int64_t first = packed.start[user], count = packed.start[user + 1] - first;
     const float* mine = queries.data() + first * padded;
@@ -74,7 +75,7 @@ QueryCodes encode_queries(const PackedQueries& packed, int64_t users, int64_t pa
     const float before = largest_element(packed.rows.data() + first * padded, count * padded);
     const float step = before == 0.0f ? 1.0f : largest / kLargestQueryCode;
     if (!(step >= kLeastCodeScale && step <= kLargestCodedLength)) return {};
-    CodeBound bound{step, 0, 0, 0, code_underflow(r), lost_reference, norm_reference};
+    CodeBound bound{step, 0, 0, 0, kCodeUnderflow, lost_reference, norm_reference};
     for (int64_t j = 0; j < count; ++j) {
       const float* query = mine + j * padded;
       const int64_t at = out.first_group[user] * kLanes + j;
@@ -91,15 +92,22 @@ QueryCodes encode_queries(const PackedQueries& packed, int64_t users, int64_t pa
       }
       out.kept[at] = static_cast<float>(std::sqrt(kept) * kGrowth) + kLeastKept;
       out.lost[at] = static_cast<float>(std::sqrt(lost) * kGrowth) + kLeastKept;
+      const double of_row = static_cast<double>(out.kept[at]) * lost_reference;
+      const double of_query = static_cast<double>(out.lost[at]) * norm_reference;
+      // Of a probable bound: standard deviations of two errors, which do not depend on each other.
       const double slack =
-          static_cast<double>(out.kept[at]) * lost_reference + static_cast<double>(out.lost[at]) * norm_reference;
+          codes.slack < 1 ? codes.slack * std::sqrt(of_row * of_row + of_query * of_query) : of_row + of_query;
       out.starts[at] = static_cast<int32_t>(std::ceil(slack / step * kGrowth) - scan_offset * sum);
       out.row_starts[at] = static_cast<int32_t>(-row_offset * sum);
       bound.kept = std::max(bound.kept, out.kept[at]);
       bound.lost = std::max(bound.lost, out.lost[at]);
+      out.likely_kept[at] = out.kept[at] * codes.fine_slack;
+      out.likely_lost[at] = out.lost[at] * codes.fine_slack;
     }
     if (!(bound.kept + bound.lost <= kLargestCodedLength)) return {};
     bound.error = code_error(r, rotation_roundings(codes.rotation)) * (bound.kept + bound.lost);
+    bound.kept *= codes.slack;
+    bound.lost *= codes.slack;
     out.bounds.push_back(bound);
   }
   return out;

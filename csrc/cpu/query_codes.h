@@ -35,8 +35,10 @@ struct Codes {
   const Placed* order = nullptr;  // [rows()]; null: codes lie in the order of their rows
   const float* bias = nullptr;    // [rows()], in the order of the codes; or null
   Cells cells{};
+  float slack = 1, fine_slack = 1;  // shares of the certain slack; below 1 bounds are probable
 
   int64_t rows() const { return count * kBlockRows; }
+  bool probable() const { return slack < 1 || fine_slack < 1; }
 
   // An order from a file may be none: what it says is then wrong, and lies within the table all the same.
   int64_t row_at(int64_t place) const { return within(order[place].row, place); }
@@ -47,13 +49,14 @@ struct Codes {
 };
 
 struct QueryCodes {
-  AlignedVector<int8_t> codes;         // [groups][quads][16][4], see CodeSums
-  AlignedVector<int32_t> starts;       // [groups * 16] of a scan's sums: slack, less offset * sum
-  AlignedVector<int32_t> row_starts;   // of one row's sums, which have no slack
-  AlignedVector<float> kept, lost;     // [groups * 16]
-  AlignedVector<int64_t> first_group;  // of each user
-  AlignedVector<CodeBound> bounds;     // likewise
-  int64_t most_groups = 0;             // of a user
+  AlignedVector<int8_t> codes;                    // [groups][quads][16][4], see CodeSums
+  AlignedVector<int32_t> starts;                  // [groups * 16] of a scan's sums: slack, less offset * sum
+  AlignedVector<int32_t> row_starts;              // of one row's sums, which have no slack
+  AlignedVector<float> kept, lost;                // [groups * 16]
+  AlignedVector<float> likely_kept, likely_lost;  // likewise, times fine_slack where bounds are probable
+  AlignedVector<int64_t> first_group;             // of each user
+  AlignedVector<CodeBound> bounds;                // likewise
+  int64_t most_groups = 0;                        // of a user
 
   bool empty() const { return bounds.empty(); }
 };

@@ -38,7 +38,37 @@ bool write_user(const TopKRequest& request, const Group& group, TopKBuffer& best
   return best.floor() == kNoKey || (k == wanted && (!k || *std::min_element(keys, keys + k) >= best.floor()));
 }
 
+bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t padded, bool guess);
+
+// The same request with certain bounds.
+TopKRequest certain(const TopKRequest& request) {
+  TopKRequest out = request;
+  out.codes.slack = out.codes.fine_slack = 1;
+  return out;
+}
+
 // False when interrupted. Users whose guessed threshold is refuted are scanned again without one.
+bool scan_with_guesses(const TopKRequest& request, Group& group, std::vector<Workspace>& work, TopKResults& results,
+                       const AlignedVector<float>& guesses) {
+  for (int64_t user = 0; user < static_cast<int64_t>(guesses.size()); ++user)
+    if (guesses[user] > -std::numeric_limits<float>::infinity()) results.raise_floor(user, lowest_key(guesses[user]));
+  if (request.k && !run_scan(group, work, results)) return false;
+  std::atomic<int64_t> next_user{0};
+  AlignedVector<uint8_t> proven(group.users);
+  run_parallel(static_cast<int>(std::min<int64_t>(group.threads, group.users)), [&](int) {
+    for (int64_t user; (user = next_user.fetch_add(1)) < group.users;)
+      proven[user] = write_user(request, group, results.best(user), user);
+  });
+  for (int64_t user = 0; user < group.users; ++user) {
+    const int64_t at = group.first_user + user;
+    // Without queries there is nothing that could be missed.
+    if (request.proven)
+      request.proven[at] = group.least.empty() || group.packed.start[user] == group.packed.start[user + 1];
+    if (!proven[user] && !scan_group(certain(request), at, at + 1, group.padded, false)) return false;
+  }
+  return true;
+}
+
 bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t padded, bool guess) {
   Group group(request, first, last, padded);
   group.guess = guess && !group.query_codes.empty();
@@ -50,18 +80,30 @@ bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t
   if (!group.cell_bounds.empty()) group.guess = false;  // the best cells have more to say than a sample
   else if (group.guess) guesses = guess_by_codes(request, group, work);
   else if (guess && group.bounds.score) guesses = guess_thresholds(request, first, last);
-  for (int64_t user = 0; user < static_cast<int64_t>(guesses.size()); ++user)
-    if (guesses[user] > -std::numeric_limits<float>::infinity()) results.raise_floor(user, lowest_key(guesses[user]));
-  if (k && !run_scan(group, work, results)) return false;
-  std::atomic<int64_t> next_user{0};
-  AlignedVector<uint8_t> proven(group.users);
-  run_parallel(static_cast<int>(std::min<int64_t>(group.threads, group.users)), [&](int) {
-    for (int64_t user; (user = next_user.fetch_add(1)) < group.users;)
-      proven[user] = write_user(request, group, results.best(user), user);
-  });
-  for (int64_t user = 0; user < group.users; ++user)
-    if (!proven[user] && !scan_group(request, first + user, first + user + 1, padded, false)) return false;
-  return true;
+  return scan_with_guesses(request, group, work, results, guesses);
+}
+
+// By probable bounds where these suit every user, else exactly.
+bool scan_probably(const TopKRequest& request, int64_t first, int64_t last, int64_t padded) {
+  Group group(request, first, last, padded);
+  if (!group.query_codes.empty()) {
+    std::vector<Workspace> work = workspaces(group);
+    const int64_t n = request.items.rows, k = std::min(request.k, n);
+    TopKResults results(group, k, topk_buffer_capacity(k, n));
+    if (guess_for_probable_bounds(request, group, work))
+      return scan_with_guesses(request, group, work, results, group.least);
+  }
+  return scan_group(certain(request), first, last, padded, true);
+}
+
+// Where rows are shared by many queries their bytes do not bind, and plain scans are as fast as those of codes. Rows
+// that are being replaced have no codes to be admitted by, and cells rule out more than less slack does. By the
+// arguments of the call alone, for its result depends on it.
+bool is_probable(const TopKRequest& request) {
+  constexpr int64_t kMostQueries = 16;
+  const bool added = request.reduce == Reduce::kSum || request.reduce == Reduce::kMean;
+  return request.codes.probable() && request.scan != ScanMode::kExact && !request.overlay.count && request.k &&
+         !request.codes.order && request.queries.users * (added ? 1 : request.queries.queries) <= kMostQueries;
 }
 
 // Many users of few rows: each thread scans the table for groups of its own.
@@ -102,13 +144,16 @@ bool scan_topk(const TopKRequest& request) {
   const int64_t by_memory = kGroupBufferBytes / std::max(8 * capacity, cells);
   const int64_t users = std::max<int64_t>(1, std::min(users_of_group(queries), by_memory));
   const int64_t groups = (queries.users + users - 1) / users;
+  const bool probable = is_probable(request);
   const auto scan = [&](const TopKRequest& part, int64_t group) {
-    return scan_group(part, group * users, std::min(queries.users, (group + 1) * users), padded, true);
+    const int64_t first = group * users, last = std::min(queries.users, first + users);
+    return probable ? scan_probably(part, first, last, padded) : scan_group(part, first, last, padded, true);
   };
+  const TopKRequest asked = probable ? request : certain(request);
   if (request.threads > 1 && groups > kGroupsOfThread * request.threads && request.items.rows <= kFewRows)
-    return scan_apart(request, groups, scan);
+    return scan_apart(asked, groups, scan);
   for (int64_t group = 0; group < groups; ++group)
-    if (!scan(request, group)) return false;
+    if (!scan(asked, group)) return false;
   return true;
 }
 

@@ -46,8 +46,9 @@ struct ScanRequest : Request {
 struct TopKRequest : ScanRequest {
   int64_t k = 0;
   bool sorted = true;
-  float* scores = nullptr;  // [users, k], pads -inf
-  int64_t* ids = nullptr;   // [users, k], pads -1
+  float* scores = nullptr;    // [users, k], pads -inf
+  int64_t* ids = nullptr;     // [users, k], pads -1
+  uint8_t* proven = nullptr;  // [users], where given: whether the result is certainly the exact one
 };
 
 // False when `interrupted` said so; the outputs are then undefined. Throws std::bad_alloc.

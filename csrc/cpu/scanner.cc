@@ -62,6 +62,13 @@ void Scanner<Results>::scan_chunk(int64_t begin, int64_t end) {
   codes_.finish();
 }
 
+// Where bounds are probable the result consists of what they admit, also of rows that were scored in passing.
+template <class Results>
+bool Scanner<Results>::admits(int64_t user, int64_t row) {
+  return group_.least.empty() || row >= request_.codes.rows() ||
+         (request_.filter.allows(group_.first_user + user, row) && codes_.admits(user, row));
+}
+
 // Without any, codes rule out nothing.
 template <class Results>
 bool Scanner<Results>::has_thresholds() {
@@ -154,7 +161,9 @@ void Scanner<Results>::select(int64_t place, int64_t count, const float* dots, i
     const int64_t first = group_.packed.start[user], queries = group_.packed.start[user + 1] - first;
     if (!queries) continue;
     const float threshold = results_.threshold(slot_, user);
-    const uint32_t survivors = rows_present & prune(dots + first * stride, stride, queries, bias, threshold, scores);
+    uint32_t survivors = rows_present & prune(dots + first * stride, stride, queries, bias, threshold, scores);
+    for (uint32_t left = group_.least.empty() ? 0 : survivors; left; left &= left - 1)
+      if (!admits(user, place + __builtin_ctz(left))) survivors &= ~(left & -left);
     if (survivors) results_.take(slot_, user, place, survivors, scores);
   }
 }
@@ -182,7 +191,8 @@ void Scanner<Results>::select_bounded(const Slice& slice, int64_t place, int64_t
       ++rescored_;
       const Bounded bounded{cheap + i, scales[i], lengths[i]};
       float score;
-      if (rescore(user, place + i, bounded, bias ? bias[i] : 0.0f, results_.threshold(slot_, user), &score))
+      if (rescore(user, place + i, bounded, bias ? bias[i] : 0.0f, results_.threshold(slot_, user), &score) &&
+          admits(user, place + i))
         results_.take_one(slot_, user, row, score);
     }
   }

@@ -32,6 +32,7 @@ class Scanner {
   int64_t scan_codes(int64_t begin, int64_t end);
   void scan_cells(int64_t begin, int64_t end);
   bool has_thresholds();
+  bool admits(int64_t user, int64_t row);
   void expect(int64_t done);
   void scan_rows(int64_t begin, int64_t end);
   void scan_exact(int64_t begin, int64_t end);

@@ -29,13 +29,16 @@ __device__ inline float largest_of_row(const float* x, int lane, int r) {
   return largest;
 }
 
-__device__ inline float code_of(float x, float inverse, float most) {
-  const float code = rintf(x * inverse), least = most < code ? most : code;
+__device__ inline float code_of(float x, float inverse, int bits) {
+  const float most = static_cast<float>(largest_code(bits)), near = x * inverse;
+  const float code = bits == 2 ? rintf(near * 0.5f - 0.5f) * 2.0f + 1.0f : rintf(near),
+              least = most < code ? most : code;
   return least > -most ? least : -most;
 }
 
 struct RowCode {
-  float inverse, most;  // code_of's
+  float inverse;  // code_of's
+  int bits;
   RowSide side;
   bool kept;
 };
@@ -43,14 +46,13 @@ struct RowCode {
 // x is the rotated row, brought to [1, 2) by `exponent`.
 __device__ inline RowCode encode_row(const float* x, int lane, int r, float largest_before, float largest,
                                      RowExponent exponent, int bits) {
-  const float most = static_cast<float>(largest_code(bits));
   float squares = 0.0f, dot = 0.0f, length = 0.0f;
   for (int e = lane; e < r; e += kRowLanes) squares = fused_multiply_add(x[e], x[e], squares);
   squares = sum_of_row(squares);
   const auto sum_both = [&](float inverse) {
     dot = length = 0.0f;
     for (int e = lane; e < r; e += kRowLanes) {
-      const float code = code_of(x[e], inverse, most);
+      const float code = code_of(x[e], inverse, bits);
       dot = fused_multiply_add(x[e], code, dot);
       length = fused_multiply_add(code, code, length);
     }
@@ -71,24 +73,28 @@ __device__ inline RowCode encode_row(const float* x, int lane, int r, float larg
   const float scale = squares / dot;
   float rest = 0.0f;
   for (int e = lane; e < r; e += kRowLanes) {
-    const float lost = fused_multiply_add(-scale, code_of(x[e], inverse, most), x[e]);
+    const float lost = fused_multiply_add(-scale, code_of(x[e], inverse, bits), x[e]);
     rest = fused_multiply_add(lost, lost, rest);
   }
-  const EncodedSide made = encoded_side(largest_before, exponent, squares, sum_of_row(rest), scale, r);
-  return {inverse, most, made.side, made.kept};
+  const EncodedSide made = encoded_side(largest_before, exponent, squares, sum_of_row(rest), scale, r, bits);
+  return {inverse, bits, made.side, made.kept};
 }
 
 // Codes + offset of a quad, one byte a lane, in all four lanes of the row.
-__device__ inline uint32_t quad_of_row(const float* x, int lane, int r, const RowCode& row, int bits, int quad) {
+__device__ inline uint32_t quad_of_row(const float* x, int lane, int r, const RowCode& row, int quad) {
   const int e = quad * kQuad + lane;
-  const int code = row.kept && e < r ? static_cast<int>(code_of(x[e], row.inverse, row.most)) : 0;
-  uint32_t word = static_cast<uint32_t>(code + code_offset(bits)) << 8 * lane;
+  const int code = row.kept && e < r ? static_cast<int>(code_of(x[e], row.inverse, row.bits)) : no_code(row.bits);
+  uint32_t word = static_cast<uint32_t>(code + code_offset(row.bits)) << 8 * lane;
   word |= __shfl_xor_sync(kAllLanes, word, 1);
   return word | __shfl_xor_sync(kAllLanes, word, 2);
 }
 
+// By halves, at whose multiples fine codes of 4 bits lie.
 __device__ inline void write_side(unsigned char* scale, unsigned char* lost, unsigned char* norm, const RowSide& side) {
-  *reinterpret_cast<float*>(scale) = side.scale;
+  uint32_t scale_bits;
+  memcpy(&scale_bits, &side.scale, sizeof scale_bits);
+  reinterpret_cast<uint16_t*>(scale)[0] = static_cast<uint16_t>(scale_bits);
+  reinterpret_cast<uint16_t*>(scale)[1] = static_cast<uint16_t>(scale_bits >> 16);
   *reinterpret_cast<uint16_t*>(lost) = side.lost;
   *reinterpret_cast<uint16_t*>(norm) = side.norm;
 }
@@ -146,33 +152,39 @@ __global__ void encode_rows(Table table, Rotation rotation, int64_t bits_wanted,
     __syncwarp();
     const bool writes = live && row < coded;
     if (fine) {
-      const RowCode code = encode_row(x, lane, r, before, largest * exponent.inverse, exponent, 8);
-      unsigned char* out = fine + row * fine_row_bytes(r);
+      const RowCode code = encode_row(x, lane, r, before, largest * exponent.inverse, exponent, fine_bits(bits));
+      unsigned char* out = fine + row * fine_row_bytes(r, bits);
       for (int quad = 0; quad < quads; ++quad) {
-        const uint32_t word = quad_of_row(x, lane, r, code, 8, quad);
-        if (writes && lane == quad % kRowLanes) *reinterpret_cast<uint32_t*>(out + quad * kQuad) = word;
+        const uint32_t word = quad_of_row(x, lane, r, code, quad);
+        if (!writes || lane != quad % kRowLanes) continue;
+        if (code.bits == 4) *reinterpret_cast<uint16_t*>(out + quad * 2) = packed_quad(word);
+        else *reinterpret_cast<uint32_t*>(out + quad * kQuad) = word;
       }
-      out += quads * kQuad;
+      out += fine_code_bytes(r, bits);
       if (writes && lane == 0) write_side(out, out + 4, out + 6, code.side);
     }
     const RowCode code = encode_row(x, lane, r, before, largest * exponent.inverse, exponent, bits);
     unsigned char* block = blocks + row / kBlockRows * block_bytes(r, bits);
     const int64_t in_block = row % kBlockRows;
+    uint32_t even = 0;  // of 2 bits: the quad before, with which this one shares bytes
     for (int quad = 0; quad < quads; ++quad) {
-      uint32_t word = quad_of_row(x, lane, r, code, bits, quad);
+      uint32_t word = quad_of_row(x, lane, r, code, quad);
       uint32_t* place = reinterpret_cast<uint32_t*>(block + code_place(in_block, quad * kQuad, bits));
       const bool own_quad = writes && lane == quad % kRowLanes;
+      if (bits == 2) word >>= 1;  // c + 3 is twice what is stored
       if (bits == 8) {
         if (own_quad) *place = word;
       } else if (rows) {
-        const bool high = in_block >= kBlockRows / 2;
+        const int shift = code_shift(in_block, quad * kQuad, bits);
         if (own_quad) {
-          atomicAnd(place, high ? 0x0F0F0F0Fu : 0xF0F0F0F0u);
-          atomicOr(place, high ? word << 4 : word);
+          atomicAnd(place, ~((bits == 2 ? 0x03030303u : 0x0F0F0F0Fu) << shift));
+          atomicOr(place, word << shift);
         }
       } else {
-        word |= __shfl_xor_sync(kAllLanes, word, half * kRowLanes) << 4;
-        if (own_quad && slot < half) *place = word;
+        word |= __shfl_xor_sync(kAllLanes, word, half * kRowLanes) << bits;
+        if (bits == 2) even = word = quad % 2 ? even | word << 4 : word;
+        const bool whole = bits == 4 || quad % 2 || quad + 1 == quads;
+        if (own_quad && slot < half && whole) *place = word;
       }
     }
     if (writes && lane == 0) {

@@ -11,6 +11,8 @@
   each(urm::set_limits) each(urm::begin_second_way) each(urm::count_digits) each(urm::collect_unproven) \
   each(urm::score_rows) each(urm::select_keys)
 #define URM_SCANS(each)                                                                              \
+  each(urm::scan_codes<2, 0, false>) each(urm::scan_codes<2, 0, true>) each(urm::scan_codes<2, 2, false>) \
+  each(urm::scan_codes<2, 2, true>) each(urm::scan_codes<2, 4, false>) each(urm::scan_codes<2, 4, true>)  \
   each(urm::scan_codes<4, 0, false>) each(urm::scan_codes<4, 0, true>) each(urm::scan_codes<4, 2, false>) \
   each(urm::scan_codes<4, 2, true>) each(urm::scan_codes<4, 4, false>) each(urm::scan_codes<4, 4, true>)  \
   each(urm::scan_codes<8, 0, false>) each(urm::scan_codes<8, 0, true>) each(urm::scan_codes<8, 2, false>) \

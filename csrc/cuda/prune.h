@@ -53,7 +53,9 @@ __device__ __forceinline__ void write_terms(const LoadedSides& sides, const Grou
     float rho = slack.error * n;
     rho = fused_multiply_add(slack.kept, e > lost_reference ? e - lost_reference : 0.0f, rho);
     rho = fused_multiply_add(slack.lost, n > norm_reference ? n - norm_reference : 0.0f, rho);
-    const float unit = kBits == 4 && lane_of_warp() >= kBlockRows / 2 ? 0x1p-4f : 1.0f;  // of sums of high halves
+    // Of a sum: those of high rows are kHigh times as large, and of 2 bits c + 3 is twice what is stored.
+    const float unit =
+        (kBits == 2 ? 2.0f : 1.0f) / static_cast<float>(lane_of_warp() >= kBlockRows / 2 ? kHigh<kBits> : 1);
     terms[b * kBlockRows + lane_of_warp()] = {sides.scale[b] * unit, sides.scale[b] * rho, sides.bias[b], 0.0f};
   }
 }

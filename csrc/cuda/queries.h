@@ -89,9 +89,10 @@ constexpr float kLargestQueryCode = 127.0f;
 constexpr double kLengthGrowth = 1 + 1e-6;  // covers the roundings of sums in double precision and to float
 constexpr float kLeastKept = 0x1p-120f;     // so that no product of a length with +inf is NaN
 
-// Of columns without a query: below every sum of one that is, and a sixteenth of what a sum has room for under 4 bits.
+// Of columns without a query: below every sum of one that is, and a sixteenth of what a sum has room for under 4 bits
+// or 2.
 __device__ inline int absent_start(int bits) {
-  return bits == 4 ? -(1 << 26) : -(1 << 29);
+  return bits == 8 ? -(1 << 29) : -(1 << 26);
 }
 
 // Any constant is right; those from a file may be none at all.
@@ -112,18 +113,19 @@ struct QueryCodes {
   float *kept, *lost, *step, *kept_most, *lost_most;
 };
 
-// Place of a column's quad among the words that the tensor cores read: see scan_codes.h.
-__device__ inline int64_t fragment_place(int64_t column, int64_t quad, int64_t step_pairs) {
-  const int64_t step = quad / 8, lane = column % 8 * 4 + quad % 4;
-  return ((column / 8 * step_pairs + step / 2) * kWarp + lane) * 4 + step % 2 * 2 + quad % 8 / 4;
+// Place of a column's quad among the words that the tensor cores read: see tile.h.
+__device__ inline int64_t fragment_place(int64_t column, int64_t quad, int64_t step_pairs, int bits) {
+  const int64_t step = quad / 8, t = bits == 2 ? quad % 8 / 2 : quad % 4, second = bits == 2 ? quad % 2 : quad % 8 / 4;
+  return ((column / 8 * step_pairs + step / 2) * kWarp + column % 8 * 4 + t) * 4 + step % 2 * 2 + second;
 }
 
-// What the tensor cores multiply: bytes c + 8 of 4 bits, c itself of 8.
+// What the tensor cores multiply: (c + 3) / 2 of 2 bits, c + 8 of 4, c itself of 8.
 __device__ inline int offset_of_operand(int bits) {
-  return bits == 4 ? code_offset(4) : 0;
+  return bits == 8 ? 0 : code_offset(bits);
 }
 
-// One warp a column of a user. `fine`: single rows are bounded by their fine codes, which have no offset there.
+// One warp a column of a user. `fine`: single rows are bounded by their fine codes, which of 8 bits have no offset
+// there.
 __global__ void encode_queries(int64_t B, int64_t places, int64_t r, int64_t bits_of_scan, int64_t fine,
                                const float* rotated, const float* largest, const int32_t* count, const float* reference,
                                QueryCodes out) {
@@ -156,7 +158,7 @@ __global__ void encode_queries(int64_t B, int64_t places, int64_t r, int64_t bit
         sum += static_cast<int>(code);
         word |= (static_cast<uint32_t>(static_cast<int>(code)) & 0xFFu) << 8 * j;
       }
-      out.fragments[fragment_place(column, quad, out.step_pairs)] = word;
+      out.fragments[fragment_place(column, quad, out.step_pairs, bits)] = word;
       if (quad < quads && user < B) out.words[(user * quads + quad) * width + m] = word;
     }
     lost = sum_of_lanes(lost);
@@ -167,10 +169,11 @@ __global__ void encode_queries(int64_t B, int64_t places, int64_t r, int64_t bit
       const float f = there ? static_cast<float>(sqrt(lost) * kLengthGrowth) + kLeastKept : 0.0f;
       const double slack = static_cast<double>(g) * usable_reference(reference[0], r, bits) +
                            static_cast<double>(f) * usable_reference(reference[1], r, bits);
-      out.starts[column] =
-          there ? static_cast<int32_t>(ceil(slack / step * kLengthGrowth)) - offset_of_operand(bits) * sum
-                : absent_start(bits);
-      out.row_starts[column] = fine ? 0 : -offset_of_operand(bits) * sum;
+      const int32_t start = static_cast<int32_t>(ceil(slack / step * kLengthGrowth)) - offset_of_operand(bits) * sum;
+      out.starts[column] = !there      ? absent_start(bits)
+                           : bits == 2 ? (start + 1) >> 1
+                                       : start;  // half of it, rounded up
+      out.row_starts[column] = -offset_of_operand(fine ? fine_bits(bits) : bits) * sum;
       out.kept[column] = g;
       out.lost[column] = f;
       if (user < B) {

@@ -36,11 +36,13 @@ struct ScanCall {
   int64_t rotation_roundings;
 };
 
-// A word of the codes of one row, signed bytes: of the fine ones where there are any.
+// A word of the codes of one row, signed bytes, of 4 bits c + 8: of the fine ones where there are any.
 template <int kBits>
 __device__ __forceinline__ uint32_t signed_quad(const Codes& codes, int64_t r, int64_t row, int64_t quad) {
+  if (kBits == 2)  // has fine codes always
+    return unpacked_quad(*reinterpret_cast<const uint16_t*>(codes.fine + row * fine_row_bytes(r, 2) + quad * 2));
   if (codes.fine)
-    return *reinterpret_cast<const uint32_t*>(codes.fine + row * fine_row_bytes(r) + quad * kQuad) ^ 0x80808080u;
+    return *reinterpret_cast<const uint32_t*>(codes.fine + row * fine_row_bytes(r, 4) + quad * kQuad) ^ 0x80808080u;
   const unsigned char* block = codes.blocks + row / kBlockRows * block_bytes(r, kBits);
   const int64_t in_block = row % kBlockRows;
   const uint32_t word = *reinterpret_cast<const uint32_t*>(block + code_place(in_block, quad * kQuad, kBits));
@@ -53,9 +55,11 @@ __device__ inline RowSide side_of(const Codes& codes, int64_t r, int64_t row) {
   if (!codes.fine)
     return side_of_row(reinterpret_cast<const char*>(codes.blocks) + row / kBlockRows * block_bytes(r, kBits),
                        block_code_bytes(r, kBits), row % kBlockRows);
-  const unsigned char* side = codes.fine + row * fine_row_bytes(r) + quads_of(r) * kQuad;
-  return {*reinterpret_cast<const float*>(side), *reinterpret_cast<const uint16_t*>(side + 4),
-          *reinterpret_cast<const uint16_t*>(side + 6)};
+  const unsigned char* side = codes.fine + row * fine_row_bytes(r, kBits) + fine_code_bytes(r, kBits);
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(side);
+  // Rows of 4 bits lie at multiples of 2.
+  const float scale = float_of_bits(halves[0] | static_cast<uint32_t>(halves[1]) << 16);
+  return {scale, halves[2], halves[3]};
 }
 
 // A float as code_bound takes it.
@@ -87,7 +91,7 @@ __device__ inline uint32_t queries_that_reach(const ScanCall& call, int64_t user
   const float error =
       code_error(r, call.rotation_roundings) * (call.queries.kept_most[user] + call.queries.lost_most[user]);
   float bound = code_bound<One>({float_not_below(sum)}, {step}, {call.queries.kept[at]}, {call.queries.lost[at]},
-                                {error}, {code_underflow(r)}, lengths)
+                                {error}, {kCodeUnderflow}, lengths)
                     .x;
   if (call.users.log_sum_exp) {
     float relative, offset;

@@ -136,11 +136,10 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks) scan_codes(ScanCall
       int32_t sums[kProducts][4];
       for (int more = 0; more < of_user; ++more) {
         const int2 start = kSteps ? starts[(product + more) * 4 + t] : __ldg(all_starts + (product + more) * 4 + t);
-        constexpr int kHigh = kBits == 4 ? 16 : 1;
 #pragma unroll
         for (int j = 0; j < kProducts; ++j) {
           sums[j][0] = start.x, sums[j][1] = start.y;
-          sums[j][2] = start.x * kHigh, sums[j][3] = start.y * kHigh;
+          sums[j][2] = start.x * kHigh<kBits>, sums[j][3] = start.y * kHigh<kBits>;
         }
         const int64_t at = (product + more) * pairs_of_steps * kWarp + lane;
         if constexpr (kSteps > 0) {

@@ -57,7 +57,7 @@ struct Limits {
 //
 // Shared memory: kSelectShared.
 __global__ void set_limits(int64_t k, int64_t rank, const float* maxima, int64_t slots, Users users,
-                           const float* largest, int64_t r, QueryCodes codes, Limits limits) {
+                           const float* largest, QueryCodes codes, Limits limits) {
   URM_DYNAMIC_SHARED(shared);
   const int64_t user = blockIdx.x;
   float threshold = -infinity();
@@ -82,9 +82,9 @@ __global__ void set_limits(int64_t k, int64_t rank, const float* maxima, int64_t
   const float step = codes.step[user];
   const bool bounded = step > 0.0f && codes.kept_most[user] + codes.lost_most[user] <= kLargestCodedLength;
   if (!bounded) codes.step[user] = 0.0f;
-  const float inverse = bounded ? 1.0f / step : 1.0f, underflow = code_underflow(r);
+  const float inverse = bounded ? 1.0f / step : 1.0f;
   const float margin = 0x1p-20f * (fabsf(threshold) + offset);
-  float limit = (threshold - offset - underflow - margin) * inverse;
+  float limit = (threshold - offset - kCodeUnderflow - margin) * inverse;
   // Neither an infinite threshold nor one whose quotient overflows says anything of a bound: everything survives, as
   // for users without a certain one.
   if (!(limit < infinity())) limit = -infinity();

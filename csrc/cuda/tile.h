@@ -7,11 +7,14 @@
 //   the
 //           low halves are the operand's rows g, the high ones its rows g + 8. High halves are not shifted down: their
 //           products are sixteen times as large, as their starts are.
+//   2 bits: lanes 4 g + t load two quads of rows 4 (g % 4) + j and 16 + ...; the rows' halves as above, two bits apart
+//           instead of four, and the second quad, four bits above, for the operand's second word.
 //   8 bits: quad t of rows 4 g + j, of the first block for the operand's rows g, of the second for its rows g + 8.
 //
-// Quads 8 s + t and 8 s + 4 + t belong to step s. Which element a place of the operand has does not matter, as long as
-// the queries' codes agree: fragments uint4 [columns / 8][steps / 2][lane] hold for two steps the two words of column
-// lane / 4. Quads behind the last are the last one again, with codes of zero on the queries' side.
+// Quads 8 s + t and 8 s + 4 + t belong to step s; under 2 bits 8 s + 2 t and the one behind it. Which element a place
+// of the operand has does not matter, as long as the queries' codes agree: fragments uint4 [columns / 8][steps /
+// 2][lane] hold for two steps the two words of column lane / 4. Quads behind the last are the last one again, with
+// codes of zero on the queries' side.
 #pragma once
 
 #include "mma.h"
@@ -26,24 +29,27 @@ constexpr int kColumns = 8;   // of a product
 // Place in the tile of the row whose sum is in register 2 `half` or 2 `half` + 1 of product j.
 template <int kBits>
 __device__ __forceinline__ int row_of_sum(int g, int j, int half) {
-  return kBits == 4 ? kBlockRows * (g / 4) + kBlockRows / 2 * half + 4 * (g % 4) + j : kBlockRows * half + 4 * g + j;
+  return kBits < 8 ? kBlockRows * (g / 4) + kBlockRows / 2 * half + 4 * (g % 4) + j : kBlockRows * half + 4 * g + j;
 }
 
 template <int kBits>
-constexpr int kLoads = kBits == 4 ? 2 : 4;  // of a step
+constexpr int kLoads = kBits / 2;  // of a step
 
-// Loads of step s: quads 8 s + t (of both blocks in turns under 8 bits), then 8 s + 4 + t.
+// What sums of rows 16..31 of a block are times what those of rows 0..15 are.
+template <int kBits>
+constexpr int kHigh = kBits == 8 ? 1 : 1 << kBits;
+
+// Loads of step s: quads 8 s + t (of both blocks in turns under 8 bits), then 8 s + 4 + t; of 2 bits both at once.
 template <int kBits>
 __device__ __forceinline__ void load_step(const Codes& codes, int64_t r, int64_t tile, int step, uint4* loads) {
   const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
-  const int64_t last_quad = quads_of(r) - 1, last_block = codes.count - 1;
+  const int64_t last_quad = kBits == 2 ? (quads_of(r) - 1) / 2 : quads_of(r) - 1, last_block = codes.count - 1;
 #pragma unroll
   for (int i = 0; i < kLoads<kBits>; ++i) {
-    const int64_t which = kBits == 4 ? g / 4 : i % 2, high = kBits == 4 ? i : i / 2;
-    const int64_t wanted = tile * kTileBlocks + which, quad = 8 * step + 4 * high + t;
+    const int64_t which = kBits < 8 ? g / 4 : i % 2, high = kBits == 4 ? i : i / 2;
+    const int64_t wanted = tile * kTileBlocks + which, quad = (kBits == 2 ? 4 : 8) * step + 4 * high + t;
     const int64_t block = wanted < last_block ? wanted : last_block;
-    const int64_t place =
-        (quad < last_quad ? quad : last_quad) * (kBits == 4 ? 64 : 128) + 16 * (kBits == 4 ? g % 4 : g);
+    const int64_t place = (quad < last_quad ? quad : last_quad) * (kBits < 8 ? 64 : 128) + 16 * (kBits < 8 ? g % 4 : g);
     loads[i] = __ldg(reinterpret_cast<const uint4*>(codes.blocks + block * block_bytes(r, kBits) + place));
   }
 }
@@ -56,7 +62,12 @@ __device__ __forceinline__ void operands_of(const uint4* loads, uint32_t (&a)[kP
   for (int i = 0; i < kLoads<kBits>; ++i) words(loads[i], from[i]);
 #pragma unroll
   for (int j = 0; j < kProducts; ++j) {
-    if (kBits == 4) {
+    if (kBits == 2) {
+      a[j][0] = from[0][j] & 0x03030303u;
+      a[j][1] = from[0][j] & 0x0C0C0C0Cu;
+      a[j][2] = from[0][j] >> 4 & 0x03030303u;
+      a[j][3] = from[0][j] >> 4 & 0x0C0C0C0Cu;
+    } else if (kBits == 4) {
       a[j][0] = from[0][j] & 0x0F0F0F0Fu;
       a[j][1] = from[0][j] & 0xF0F0F0F0u;
       a[j][2] = from[1][j] & 0x0F0F0F0Fu;

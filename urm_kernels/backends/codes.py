@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ CELL_BITS = 4  # of the code of a cell
 QUAD = 4  # elements whose products a 32-bit lane adds
 SIDE_BYTES = 8  # of a row: scale, lost, norm
 MAX_WIDTH = 8192  # up to here sums of products fit 32 bits
+FEWEST_PROBABLE = 16  # elements of rows that have probable bounds
 STEPS = {True: 3, False: 6}  # of a rotation, by whether r is a power of two
 
 
@@ -42,7 +45,8 @@ class Codes(NamedTuple):
 
     rotation: float32 [steps, p], random signs. reference: float32 [2], of lost and norm: what most rows exceed.
     blocks: uint8 [N // 32, bytes of a block]; the last N % 32 rows have no codes. fine: uint8 [N // 32 * 32, bytes of a
-    row] or None, 8-bit codes for the survivors of 4-bit ones. cells: None where codes lie in the order of the rows.
+    row] or None, 8-bit codes for the survivors of 4-bit ones, 4-bit ones for those of 2-bit ones. cells: None where
+    codes lie in the order of the rows.
     """
 
     rotation: Tensor
@@ -57,16 +61,33 @@ def quads(r: int) -> int:
 
 
 def block_bytes(r: int, bits: int) -> int:
-    return quads(r) * QUAD * BLOCK * bits // 8 + BLOCK * SIDE_BYTES
+    together = 2 if bits == 2 else 1  # quads
+    return -(-quads(r) // together) * together * QUAD * BLOCK * bits // 8 + BLOCK * SIDE_BYTES
 
 
-def fine_bytes(r: int) -> int:
-    return quads(r) * QUAD + SIDE_BYTES
+def fine_bits(bits: int) -> int:
+    """Of the codes beside those of `bits`."""
+    return 4 if bits == 2 else 8
+
+
+def fine_bytes(r: int, bits: int) -> int:
+    """Of a row of fine codes of `bits`."""
+    return quads(r) * QUAD * bits // 8 + SIDE_BYTES
 
 
 def bits_of(codes: Codes, r: int) -> int:
-    """4 or 8, of the blocks."""
+    """2, 4 or 8, of the blocks. 2 bits, whose blocks of up to four elements are as large as those of 4 bits, come with
+    fine codes of 4 bits, and nothing else does."""
+    if codes.fine is not None and codes.fine.shape[1] == fine_bytes(r, 4):
+        return 2
     return 4 if codes.blocks.shape[1] == block_bytes(r, 4) else 8
+
+
+def are_shapes(blocks: int, fine: int | None, r: int) -> bool:
+    """Whether some kind of codes has blocks and fine rows of so many bytes."""
+    if fine is None:
+        return blocks in (block_bytes(r, 4), block_bytes(r, 8))
+    return (blocks, fine) in [(block_bytes(r, bits), fine_bytes(r, fine_bits(bits))) for bits in (2, 4)]
 
 
 def hadamard_size(r: int) -> int:
@@ -79,6 +100,22 @@ def rotation(r: int, seed: int) -> Tensor:
     random = torch.Generator().manual_seed(seed)
     p = hadamard_size(r)
     return torch.randint(2, (STEPS[p == r], p), generator=random).mul_(2).sub_(1).float()
+
+
+def slack_shares(recall: float, codes: Codes, r: int) -> tuple[float, float]:
+    """Shares of the certain slack, of the blocks and of the fine codes, with which a row's bound is below its score
+    with a probability of at most 1 - recall. (1, 1): the bounds are the certain ones.
+
+    What a code lost is orthogonal to its row, and a random rotation gives it any direction in the r - 1 dimensions that
+    are left: its product with a query is normal with a standard deviation of |lost| |query| / sqrt(r - 1). Of two
+    levels the first may fail in 7 of 8 cases. Few elements are not mixed well by random signs.
+    """
+    if recall == 1 or r < FEWEST_PROBABLE:
+        return 1.0, 1.0
+    parts = (1.0, 1.0) if codes.fine is None else (7 / 8, 1 / 8)
+    deviations = (max(-NormalDist().inv_cdf((1 - recall) * part), 2.0**-10) for part in parts)
+    first, second = (min(z / math.sqrt(r - 1), 1.0) for z in deviations)
+    return first, second
 
 
 def sides(codes: Codes, r: int) -> tuple[Tensor, Tensor, Tensor]:

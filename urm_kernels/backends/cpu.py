@@ -16,6 +16,7 @@ from .table_view import ScanOptions, TableView
 
 ROW_SCALE = True  # whether rows may have a scale
 COUNTS = True  # whether it counts what a scan does
+PROBABLE = True  # whether it makes use of a recall below 1
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}
 _REDUCE = {"max": 0, "sum": 1, "mean": 2, "logsumexp": 3}
 
@@ -62,9 +63,16 @@ def threads() -> int:
 
 
 def score_topk(
-    queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool, counts: Tensor | None = None
+    queries: Tensor,
+    table: TableView,
+    options: ScanOptions,
+    k: int,
+    sorted: bool,
+    counts: Tensor | None = None,
+    proven: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See urm_kernels.score_topk; queries are float32 [B, M, r]. What the scan did is added to counts, int64 [5]."""
+    """See urm_kernels.score_topk; queries are float32 [B, M, r]. What the scan did is added to counts, int64 [5];
+    whether users' results are certainly exact is written to proven, bool [B]."""
     users = queries.shape[0]
     scores, ids = torch.empty((users, k)), torch.empty((users, k), dtype=torch.int64)
     arguments, _held = _scan(queries, table, options)
@@ -76,6 +84,7 @@ def score_topk(
         scores.data_ptr(),
         ids.data_ptr(),
         0 if counts is None else counts.data_ptr(),
+        0 if proven is None else proven.data_ptr(),
     )
     return scores, ids
 
@@ -115,7 +124,7 @@ def _rotation(codes: Codes, r: int) -> tuple[int, int, int]:
     return codes.rotation.data_ptr(), r, codes.rotation.shape[0]
 
 
-def _codes(codes: Codes | None, r: int) -> tuple[Any, ...] | None:
+def _codes(codes: Codes | None, r: int, recall: float) -> tuple[Any, ...] | None:
     if codes is None:
         return None
     fine = 0 if codes.fine is None else codes.fine.data_ptr()
@@ -127,6 +136,7 @@ def _codes(codes: Codes | None, r: int) -> tuple[Any, ...] | None:
         fine,
         _rotation(codes, r),
         *codes.reference.tolist(),
+        *formats.slack_shares(recall, codes, r),
         _cells(codes.cells),
     )
 
@@ -247,18 +257,18 @@ def read_rows(source: Tensor, rows: Tensor) -> Tensor:
 
 def _scan(queries: Tensor, table: TableView, options: ScanOptions) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """(the extension's first arguments, tensors that must live as long as these addresses)."""
-    query_mask, reduce, mask, exclude = options
+    query_mask, reduce, mask, exclude, recall = options
     queries = queries.contiguous()
     query_mask = None if query_mask is None else query_mask.contiguous()
     if mask is not None and mask.dtype == torch.uint8 and mask.stride(-1) != 1:
         mask = mask.contiguous()
     if exclude is not None:
         exclude = exclude.sort(dim=1).values.contiguous()
-    arguments = (_queries(queries, query_mask), _table(table), _REDUCE[reduce], _filter(mask, exclude))
+    arguments = (_queries(queries, query_mask), _table(table, recall), _REDUCE[reduce], _filter(mask, exclude))
     return arguments, (queries, query_mask, mask, exclude)
 
 
-def _table(table: TableView) -> tuple[Any, ...]:
+def _table(table: TableView, recall: float = 1.0) -> tuple[Any, ...]:
     items, bias, row_scale, alive, overlay, codes = table
     newer = None
     if overlay is not None:
@@ -271,7 +281,7 @@ def _table(table: TableView) -> tuple[Any, ...]:
             _vector(overlay.row_scale),
         )
     bits = 0 if alive is None else alive.data_ptr()
-    return matrix(items), _vector(bias), _vector(row_scale), newer, bits, _codes(codes, items.shape[1])
+    return matrix(items), _vector(bias), _vector(row_scale), newer, bits, _codes(codes, items.shape[1], recall)
 
 
 def _vector(vector: Tensor | None) -> tuple[int, int, int, int, int, int] | None:

@@ -29,6 +29,7 @@ from .table_view import ScanOptions, TableView, gather_rows, rows_of_bits
 
 ROW_SCALE = True  # whether rows may have a scale
 COUNTS = True  # whether it counts what a scan does
+PROBABLE = False  # whether it makes use of a recall below 1
 encode_blocks, encode_rows = reference_codes.encode_blocks, reference_codes.encode_rows
 _CHUNK_DOTS = 1 << 16  # dots [B, M, rows] held at a time
 
@@ -86,7 +87,7 @@ def _scored(
     queries: Tensor, table: TableView, options: ScanOptions, may_win: Callable[[slice], Tensor] | None = None
 ) -> Iterator[_Chunk]:
     """The scores of all rows, some rows at a time, ascending; of those alone that may still win for some user."""
-    query_mask, reduce, mask, exclude = options
+    query_mask, reduce, mask, exclude, _recall = options
     users = queries.shape[0]
     dtype = _compute_dtype(queries, table.items)
     queries, exists = _existing(queries.to(dtype), query_mask, reduce)

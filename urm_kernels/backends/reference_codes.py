@@ -16,12 +16,15 @@ from . import codes as formats
 from .canonical import fma32
 from .codes import BLOCK, QUAD, Codes
 
-_CLIPS = 7  # scales tried of 4-bit codes
+_CLIPS = {2: (14, 9), 4: (16, 7), 8: (16, 1)}  # of scales tried: the first, in 16ths of the largest code, and how many
+_MOST = {2: 3, 4: 7, 8: 127}  # the largest code
+_OFFSET = {2: 3, 4: 8, 8: 128}  # added to codes, so that they are unsigned
 _SUMS = 4  # running sums of a sum over elements
 LARGEST_LENGTH = 2.0**60
 LEAST_SCALE = 2.0**-100
 LARGEST_SCALED, LEAST_SCALED = 2.0**50, 2.0**-20  # elements of rows that have a scale
 _LEAST_KEPT = 2.0**-120
+_UNDERFLOW = 2.0**-126
 
 
 def rotate(rows: Tensor, codes: Codes) -> Tensor:
@@ -81,7 +84,7 @@ class EncodedRows(NamedTuple):
 
 def encode(rows: Tensor, codes: Codes, bits: int) -> EncodedRows:
     """Of float32 rows [n, r], before their rotation."""
-    r, most = rows.shape[1], 7.0 if bits == 4 else 127.0
+    r, most = rows.shape[1], float(_MOST[bits])
     before = rows.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(1)
     w = rotate(rows, codes)
     largest = w.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(1)
@@ -92,7 +95,9 @@ def encode(rows: Tensor, codes: Codes, bits: int) -> EncodedRows:
     w, largest = w * inverse[:, None], largest.where(ordinary, 0.0) * inverse
 
     def rounded(x: Tensor, factor: Tensor) -> Tensor:
-        return torch.round(x * factor[:, None]).clamp(-most, most)
+        x = x * factor[:, None]
+        # Of 2 bits the nearest odd code.
+        return (torch.round(x * 0.5 - 0.5) * 2 + 1 if bits == 2 else torch.round(x)).clamp(-most, most)
 
     def both(factor: Tensor) -> tuple[Tensor, Tensor]:
         dot = _sum(r, lambda e, sums: fma32(w[:, e], rounded(w[:, e], factor), sums), w)
@@ -101,8 +106,9 @@ def encode(rows: Tensor, codes: Codes, bits: int) -> EncodedRows:
 
     squares = _sum(r, lambda e, sums: fma32(w[:, e], w[:, e], sums), w)
     best, chosen = torch.full_like(largest, -1.0), torch.zeros_like(largest)
-    for clip in range(_CLIPS if bits == 4 else 1):
-        share = torch.tensor(16.0 - clip, dtype=torch.float32) / torch.tensor(16.0 * most, dtype=torch.float32)
+    first_clip, clips = _CLIPS[bits]
+    for clip in range(clips):
+        share = torch.tensor(first_clip - clip, dtype=torch.float32) / torch.tensor(16.0 * most, dtype=torch.float32)
         factor = 1.0 / (largest * share.to(largest.device))
         dot, length = both(factor)
         quality = dot * dot / length
@@ -122,9 +128,11 @@ def encode(rows: Tensor, codes: Codes, bits: int) -> EncodedRows:
     scaled = scale * power
     zero = (before == 0) & (squares == 0)
     kept = ~zero & ordinary & (scaled >= LEAST_SCALE) & (scaled * norm <= LARGEST_LENGTH) & (lost <= norm)
+    # Of 2 bits there is no code 0: the scale of a zero row is.
+    no_scale = zero if bits == 2 else torch.zeros_like(zero)
     return EncodedRows(
-        rounded(w, chosen).where(kept[:, None], 0.0).to(torch.int32),
-        scaled.where(kept, 1.0),
+        rounded(w, chosen).where(kept[:, None], _no_code(bits)).to(torch.int32),
+        scaled.where(kept, 1.0).masked_fill(no_scale, 0.0),
         half_not_below(lost.where(kept, 0.0)),
         half_not_below(norm.where(kept, torch.where(zero, 0.0, torch.inf))),
     )
@@ -154,12 +162,17 @@ def scaled_rows(items: Tensor, row_scale: Tensor | None) -> Tensor:
     return rows.masked_fill((vanished | enlarges | (before > LARGEST_SCALED))[:, None], torch.nan)
 
 
+def _no_code(bits: int) -> int:
+    """Of rows that have none, and past the end of a row."""
+    return 1 if bits == 2 else 0
+
+
 def _padded(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [n, quads * 4]: codes + offset, those past the end of a row 0 + offset."""
+    """uint8 [n, quads * 4]: codes + offset, of 2 bits half of that; also past the end of a row."""
     n, r = codes.shape
-    out = torch.zeros((n, formats.quads(r) * QUAD), dtype=torch.int32, device=codes.device)
+    out = torch.full((n, formats.quads(r) * QUAD), _no_code(bits), dtype=torch.int32, device=codes.device)
     out[:, :r] = codes
-    return (out + (8 if bits == 4 else 128)).to(torch.uint8)
+    return ((out + _OFFSET[bits]) // (2 if bits == 2 else 1)).to(torch.uint8)
 
 
 def _bytes(side: Tensor, *shape: int) -> Tensor:
@@ -176,17 +189,25 @@ def encode_blocks(items: Tensor, row_scale: Tensor | None, codes: Codes) -> None
         rows = scaled_rows(items[part], None if row_scale is None else row_scale[part])
         encoded = encode(rows, codes, bits)
         wide = _padded(encoded.codes, bits).view(len(blocks), BLOCK, -1, QUAD).transpose(1, 2)
-        if bits == 4:
-            wide = wide[:, :, : BLOCK // 2] | (wide[:, :, BLOCK // 2 :] << 4)
+        if bits < 8:
+            wide = wide[:, :, : BLOCK // 2] | (wide[:, :, BLOCK // 2 :] << bits)
+        if bits == 2:
+            even, odd = wide[:, ::2], wide[:, 1::2]
+            wide = even.clone()
+            wide[:, : odd.shape[1]] |= odd << 4
         sides = (_bytes(side, len(blocks), -1) for side in encoded[1:])
         blocks.copy_(torch.cat([wide.reshape(len(blocks), -1), *sides], 1))
         if codes.fine is not None:
-            codes.fine[part] = _fine(encode(rows, codes, 8))
+            codes.fine[part] = _fine(encode(rows, codes, formats.fine_bits(bits)), formats.fine_bits(bits))
 
 
-def _fine(encoded: EncodedRows) -> Tensor:
+def _fine(encoded: EncodedRows, bits: int) -> Tensor:
     n = len(encoded.codes)
-    return torch.cat([_padded(encoded.codes, 8), *(_bytes(side[:, None], n, -1) for side in encoded[1:])], 1)
+    wide = _padded(encoded.codes, bits)
+    if bits == 4:
+        first, second = wide.view(n, -1, 2, QUAD // 2).unbind(2)
+        wide = (first | (second << 4)).flatten(1)
+    return torch.cat([wide, *(_bytes(side[:, None], n, -1) for side in encoded[1:])], 1)
 
 
 def encode_rows(items: Tensor, row_scale: Tensor | None, codes: Codes, rows: Tensor) -> None:
@@ -201,20 +222,25 @@ def encode_rows(items: Tensor, row_scale: Tensor | None, codes: Codes, rows: Ten
     blocks, lanes = rows // BLOCK, rows % BLOCK
     wide = _padded(encoded.codes, bits)
     e = torch.arange(wide.shape[1], device=rows.device)
-    across = BLOCK // 2 if bits == 4 else BLOCK
-    places = ((e // QUAD) * across + (lanes % across)[:, None]) * QUAD + e % QUAD
+    across = BLOCK if bits == 8 else BLOCK // 2
+    quad = e // QUAD // 2 if bits == 2 else e // QUAD
+    places = (quad * across + (lanes % across)[:, None]) * QUAD + e % QUAD
     if bits == 8:
         codes.blocks[blocks[:, None], places] = wide
-    else:  # one half at a time: two of the rows may share bytes
-        for half, shift in ((lanes < across, 0), (lanes >= across, 4)):
-            at, other = (blocks[half][:, None], places[half]), 0xF0 >> shift
-            codes.blocks[at] = (codes.blocks[at] & other) | (wide[half] << shift)
+    else:  # what shares bytes one after the other: two halves of a block and, of 2 bits, quads by twos
+        for upper in (False, True):
+            half = (lanes >= across) == upper
+            for odd in range(2 if bits == 2 else 1):
+                mine = (e // QUAD) % 2 == odd if bits == 2 else e >= 0
+                shift = bits * upper + 4 * odd
+                at, field = (blocks[half][:, None], places[half][:, mine]), ((1 << bits) - 1) << shift
+                codes.blocks[at] = (codes.blocks[at] & (0xFF - field)) | (wide[half][:, mine] << shift)
     for side, values in zip(formats.sides(codes, r), encoded[1:], strict=True):
         side[blocks, lanes] = values
     if codes.fine is not None:
-        codes.fine[rows] = _fine(
-            encode(scaled_rows(items[:coded], None if row_scale is None else row_scale[:coded]), codes, 8)
-        )
+        fine = formats.fine_bits(bits)
+        again = scaled_rows(items[:coded], None if row_scale is None else row_scale[:coded])
+        codes.fine[rows] = _fine(encode(again, codes, fine), fine)
 
 
 class CodedRows(NamedTuple):
@@ -231,11 +257,15 @@ def decode(codes: Codes, r: int, first: int, last: int) -> CodedRows:
     bits = formats.bits_of(codes, r)
     part = codes._replace(blocks=codes.blocks[first:last])
     count = len(part.blocks)
-    wide = part.blocks[:, : -BLOCK * formats.SIDE_BYTES].view(count, formats.quads(r), -1, QUAD)
-    if bits == 4:
-        wide = torch.cat([wide & 15, wide >> 4], 2)
+    across = BLOCK if bits == 8 else BLOCK // 2
+    wide = part.blocks[:, : -BLOCK * formats.SIDE_BYTES].view(count, -1, across, QUAD)
+    if bits == 2:
+        wide = torch.stack([wide & 15, wide >> 4], 2).flatten(1, 2)
+    if bits < 8:
+        wide = torch.cat([wide & ((1 << bits) - 1), wide >> bits], 2)
     unsigned = wide.transpose(1, 2).reshape(count * BLOCK, -1)[:, :r].double()
-    return CodedRows(unsigned - (8 if bits == 4 else 128), *(s.double().flatten() for s in formats.sides(part, r)))
+    unsigned = unsigned * 2 if bits == 2 else unsigned
+    return CodedRows(unsigned - _OFFSET[bits], *(s.double().flatten() for s in formats.sides(part, r)))
 
 
 def decode_rows(codes: Codes, r: int, rows: Tensor) -> CodedRows:
@@ -250,10 +280,15 @@ def decode_fine(codes: Codes, r: int, rows: Tensor) -> CodedRows:
     """Of chosen rows."""
     assert codes.fine is not None
     some = codes.fine[rows]
-    at = formats.quads(r) * QUAD
+    bits = formats.fine_bits(formats.bits_of(codes, r))
+    at = formats.quads(r) * QUAD * bits // 8
+    wide = some[:, :at]
+    if bits == 4:
+        pairs = wide.reshape(len(some), -1, 1, QUAD // 2)
+        wide = torch.cat([pairs & 15, pairs >> 4], 2).flatten(1)
     sides = (some[:, at : at + 4].contiguous().view(torch.float32), some[:, at + 4 :].contiguous().view(torch.float16))
     scale, both = (side.double() for side in sides)
-    return CodedRows(some[:, :r].double() - 128, scale[:, 0], both[:, 0], both[:, 1])
+    return CodedRows(wide[:, :r].double() - _OFFSET[bits], scale[:, 0], both[:, 0], both[:, 1])
 
 
 class QueryCodes(NamedTuple):
@@ -302,7 +337,7 @@ def scan_bounds(queries: QueryCodes, rows: CodedRows, codes: Codes, r: int) -> T
     sums = sums.masked_fill(~queries.exists[..., None], -torch.inf).amax(1)
     more = kept * (rows.lost - lost_reference).clamp(min=0) + lost * (rows.norm - norm_reference).clamp(min=0)
     more = more + _error(r, codes) * (kept + lost) * rows.norm
-    return rows.scale * (sums * queries.step[:, None] + more) + (r + 16) * 2.0**-149
+    return rows.scale * (sums * queries.step[:, None] + more) + _UNDERFLOW
 
 
 def own_bounds(queries: QueryCodes, rows: CodedRows, codes: Codes, r: int) -> Tensor:
@@ -310,4 +345,4 @@ def own_bounds(queries: QueryCodes, rows: CodedRows, codes: Codes, r: int) -> Te
     most = (queries.kept.amax(1) + queries.lost.amax(1))[:, None, None]
     slack = queries.kept[..., None] * rows.lost + queries.lost[..., None] * rows.norm
     slack = slack + _error(r, codes) * most * rows.norm
-    return rows.scale * ((queries.u @ rows.codes.T) * queries.step[:, None, None] + slack) + (r + 16) * 2.0**-149
+    return rows.scale * ((queries.u @ rows.codes.T) * queries.step[:, None, None] + slack) + _UNDERFLOW

@@ -67,6 +67,7 @@ class ScanOptions(NamedTuple):
     reduce: str = "max"
     mask: Tensor | None = None
     exclude: Tensor | None = None
+    recall: float = 1.0  # what is below, only a backend that is PROBABLE makes use of
 
 
 def gather_rows(source: Tensor, rows: Tensor) -> Tensor:

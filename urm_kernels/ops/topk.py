@@ -15,7 +15,7 @@ from . import library
 
 _ARGUMENTS = (
     f"(Tensor queries, {library.TABLE}, SymInt k, Tensor? query_mask, str reduce, Tensor? mask, Tensor? exclude, "
-    "bool sorted, bool sparse_grad, str backend)"
+    "bool sorted, bool sparse_grad, float recall, str backend)"
 )
 _BACKWARD_SCHEMA = (
     "(Tensor grad_scores, Tensor ids, Tensor queries, Tensor items, Tensor? row_scale, Tensor? query_mask, "
@@ -27,23 +27,26 @@ def _found(
     queries: Tensor,
     *arguments: Any,
     counts: Tensor | None = None,
+    proven: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     held, asked = arguments[: library.TABLE_SIZE], arguments[library.TABLE_SIZE :]
-    k, query_mask, reduce, mask, exclude, sorted, _sparse_grad, backend = asked
+    k, query_mask, reduce, mask, exclude, sorted, _sparse_grad, recall, backend = asked
     library.check_rows("exclude", exclude, held[0].shape[0])
     with library.reading(*held) as table:
         chosen = select.choose("score_topk", queries, table, backend, counts=counts is not None)
-        options = ScanOptions(query_mask, reduce, mask, exclude)
+        options = ScanOptions(query_mask, reduce, mask, exclude, recall)
+        report = [] if counts is None else [counts, proven] if chosen.PROBABLE else [counts]
         try:
-            return chosen.score_topk(queries, table, options, k, sorted, *([] if counts is None else [counts]))
+            return chosen.score_topk(queries, table, options, k, sorted, *report)
         except RuntimeError as error:
             library.memory_in_words(error, f"score_topk: no memory for {queries.shape[0]} users with k = {k}")
             raise
 
 
-def _counted(queries: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _counted(queries: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     counts = torch.zeros(5, dtype=torch.int64, device=queries.device)
-    return *_found(queries, *arguments, counts=counts), counts
+    proven = torch.ones(len(queries), dtype=torch.bool, device=queries.device)
+    return *_found(queries, *arguments, counts=counts, proven=proven), counts, proven
 
 
 def _found_fake(queries, items, *arguments):
@@ -53,7 +56,8 @@ def _found_fake(queries, items, *arguments):
 
 
 def _counted_fake(queries, *arguments):
-    return *_found_fake(queries, *arguments), queries.new_empty(5, dtype=torch.int64)
+    counts = queries.new_empty(5, dtype=torch.int64)
+    return *_found_fake(queries, *arguments), counts, queries.new_empty(queries.shape[0], dtype=torch.bool)
 
 
 def _backward_of_rows(
@@ -80,7 +84,7 @@ def _backward_of_rows_fake(grad_scores, ids, queries, items, row_scale, query_ma
 
 def _setup_context(ctx, inputs, output) -> None:
     queries, items, bias, row_scale = inputs[:4]
-    _, query_mask, reduce, _, _, _, sparse_grad, backend = inputs[1 + library.TABLE_SIZE :]
+    _, query_mask, reduce, _, _, _, sparse_grad, _, backend = inputs[1 + library.TABLE_SIZE :]
     ctx.save_for_backward(queries, items, row_scale, query_mask, output[1])
     ctx.reduce, ctx.sparse_grad, ctx.backend = reduce, sparse_grad, backend
     ctx.bias = None if bias is None else (bias.shape[0], bias.dtype)
@@ -88,7 +92,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_scores: Tensor, *_grads: None):
     grad_queries, grad_items, grad_bias = scored_rows_backward(ctx, grad_scores)
-    return grad_queries, grad_items, grad_bias, *[None] * (library.TABLE_SIZE + 6)
+    return grad_queries, grad_items, grad_bias, *[None] * (library.TABLE_SIZE + 7)
 
 
 def scored_rows_backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -118,7 +122,7 @@ def _register(name: str, implementation: Any, fake: Any, results: str) -> tuple[
 
 
 _plain = _register("score_topk", _found, _found_fake, "Tensor, Tensor")
-_with_counts = _register("score_topk_counted", _counted, _counted_fake, "Tensor, Tensor, Tensor")
+_with_counts = _register("score_topk_counted", _counted, _counted_fake, "Tensor, Tensor, Tensor, Tensor")
 _op_backward = library.register("score_rows_backward", _BACKWARD_SCHEMA, _backward_of_rows, _backward_of_rows_fake)
 library.differentiable("score_rows_backward", library.no_second_derivative)
 
@@ -126,7 +130,8 @@ library.differentiable("score_rows_backward", library.no_second_derivative)
 def score_topk(
     queries: Tensor, items: Tensor, bias: Tensor | None, row_scale, alive, log: int, *options, counted: bool = False
 ):
-    """The op that the call needs; arguments as in the schema. ``counted`` adds what the scan did, int64 [5]."""
+    """The op that the call needs; arguments as in the schema. ``counted`` adds what the scan did, int64 [5], and
+    whether results are certainly exact, bool [B]."""
     with_grad, no_grad = _with_counts if counted else _plain
     if not library.needs_grad(queries, items, bias):
         return no_grad(queries, items, bias, row_scale, alive, log, *options)

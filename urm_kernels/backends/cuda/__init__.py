@@ -21,6 +21,7 @@ from . import encoding, launching, search
 from .plan import Card
 
 COUNTS = True  # whether it counts what a scan does
+PROBABLE = False  # whether it makes use of a recall below 1
 ROW_SCALE = True  # whether rows may have a scale
 
 

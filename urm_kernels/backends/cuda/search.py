@@ -214,7 +214,7 @@ class _Search:
         self._launch(
             "set_limits", (self.users, 1), 256, _SELECT_SHARED,
             (self.k,), (self.plan.rank,), (address(maxima),), (slots,), self.user_words, (self.largest.data_ptr(),),
-            (self.r,), self.codes_of_queries, self.limit_words,
+            self.codes_of_queries, self.limit_words,
         )  # fmt: skip
 
     def _scan(self) -> None:

@@ -19,6 +19,7 @@ from ...float_mode import default_float_mode
 from ..table_view import ScanOptions, TableView
 
 COUNTS = True  # whether it counts what a scan does
+PROBABLE = False  # whether it makes use of a recall below 1
 ROW_SCALE = True  # whether rows may have a scale
 
 
