@@ -263,7 +263,7 @@ def test_opcheck(kinds, learns, counted):
     codes = ItemTable(items.detach()).pack(kinds).codes()
     queries = torch.randn(2, 3, R).requires_grad_(learns)
     op = getattr(torch.ops.urm_kernels, f"score_topk{counted}{'' if learns else '_no_grad'}")
-    arguments = (queries, items, None, None, None, 0, *codes, 0, 4, None, "max", None, None, True, False, "cpu")
+    arguments = (queries, items, None, None, None, 0, *codes, 0, 4, None, "max", None, None, True, False, 1.0, "cpu")
     torch.library.opcheck(op.default, arguments)
 
 

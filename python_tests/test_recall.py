@@ -77,7 +77,7 @@ def test_a_row_is_below_its_own_score_as_seldom_as_was_said(kind, kinds):
             below = (bounds < dots - 1e-6 * dots.abs()).double().mean(1)
             allowed = (1 - recall) * (1 if len(kinds) == 1 else 7 / 8)
             # 512 rows and 3 signs an element are one draw of a rotation, which 3 standard errors know nothing of.
-            assert below.mean() <= allowed * 1.15 + 3 * float(below.std()) / USERS**0.5
+            assert below.mean() <= allowed * 1.05 + 3 * float(below.std()) / USERS**0.5
 
 
 @pytest.mark.parametrize("kinds", PACKED, ids="+".join)
