@@ -145,7 +145,7 @@ def test_small_call(benchmark: Any, record: Any, monkeypatch: pytest.MonkeyPatch
     table = Serving(items)
 
     def op_alone() -> Any:
-        return scoring.ops.score_topk(queries, *table, 10, None, "max", None, None, True, False, "")
+        return scoring.ops.score_topk(queries, *table, 10, None, "max", None, None, True, False, 1.0, "")
 
     calls: dict[str, Call] = {"whole": call, "op": op_alone, "torch": plain_torch}
     micros: dict[str, list[float]] = {name: [] for name in (*calls, "checks")}

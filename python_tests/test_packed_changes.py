@@ -265,7 +265,7 @@ def test_opcheck(kinds, learns, counted):
     queries = torch.randn(2, 3, R).requires_grad_(learns)
     op = getattr(torch.ops.urm_kernels, f"score_topk{counted}{'' if learns else '_no_grad'}")
     table = Serving(items, None, None, None, 0, *codes[:4])
-    arguments = (queries, *table, 4, None, "max", None, None, True, False, "cpu")
+    arguments = (queries, *table, 4, None, "max", None, None, True, False, 1.0, "cpu")
     torch.library.opcheck(op.default, arguments)
 
 

@@ -11,7 +11,7 @@ from urm_kernels.backends.table_view import TableView
 from urm_kernels.testing import KINDS, available_backends, forced, make_items, make_queries
 
 PACKED = (("int2", "int4"), ("int4",), ("int4", "int8"))
-USERS, ROWS, R, K = 2000, 66_000, 64, 50  # as few rows as have guesses
+USERS, ROWS, R, K = 2000, 66_000, 64, 50  # as small a table as has probable bounds
 MOST = 16  # queries of a call that has probable bounds
 MACHINES = [
     ("portable", "auto", "1"),
@@ -77,20 +77,20 @@ def test_a_row_is_below_its_own_score_as_seldom_as_was_said(kind, kinds):
             below = (bounds < dots - 1e-6 * dots.abs()).double().mean(1)
             allowed = (1 - recall) * (1 if len(kinds) == 1 else 7 / 8)
             # 512 rows and 3 signs an element are one draw of a rotation, which 3 standard errors know nothing of.
-            assert below.mean() <= allowed * 1.15 + 3 * float(below.std()) / USERS**0.5
+            assert below.mean() <= allowed * 1.05 + 3 * float(below.std()) / USERS**0.5
 
 
 @pytest.mark.parametrize("kinds", PACKED, ids="+".join)
-@pytest.mark.parametrize(("kind", "users", "count"), [("iid", 16, 1), ("clustered", 2, 8), ("half", 3, 1)])
+@pytest.mark.parametrize(("kind", "users", "count"), [("iid", 16, 1), ("clustered", 2, 8), ("part", 3, 1)])
 def test_the_same_bits_on_every_machine_thread_and_batch(monkeypatch, kinds, kind, users, count):
-    """Where many pairs survive, as in the first half of "half", a thread's own clock decides whether rows are scored in
+    """Where many pairs survive, as in the first part of "part", a thread's own clock decides whether rows are scored in
     passing."""
-    items, queries = data(kind.replace("half", "iid"), users, 70_003, 40, count)
-    if kind == "half":
-        items[35_000:] *= 0.1
+    items, queries = data(kind.replace("part", "iid"), users, 70_003, 64, count)
+    if kind == "part":
+        items[20_000:] *= 0.1
     bias = torch.randn(len(items), generator=generator(1)) * 0.1
     table = ItemTable(items, bias=bias).pack(kinds)
-    recall = 0.85 if kind == "half" else 0.7
+    recall = 0.7
     wanted, stats = asked(queries, table, 300, recall)
     assert not stats.proven.any()
     for isa, scan, threads in MACHINES:
@@ -106,7 +106,7 @@ def test_the_same_bits_on_every_machine_thread_and_batch(monkeypatch, kinds, kin
 
 def test_a_user_whom_it_does_not_suit_makes_the_call_exact():
     """NaN and infinite queries, a mask that leaves too few rows for a guess; but not a user without queries."""
-    items, queries = data("decay", 4, 70_000, 32, 2)
+    items, queries = data("decay", 4, 70_000, 64, 2)
     table = ItemTable(items).pack(("int2", "int4"))
     without = torch.ones(4, 2, dtype=torch.bool)
     without[2] = False
@@ -131,7 +131,7 @@ def test_a_user_whom_it_does_not_suit_makes_the_call_exact():
 @pytest.mark.parametrize("kinds", PACKED, ids="+".join)
 def test_scores_are_exact_whatever_is_lost(kinds, reduce):
     """The best of all queries, not of those whose probable bound reaches the threshold."""
-    items, queries = data("clustered", 4, 70_000, 48, 4)
+    items, queries = data("clustered", 4, 70_000, 64, 4)
     bias = torch.randn(len(items), generator=generator(2))
     table = ItemTable(items, bias=bias).pack(kinds)
     found, stats = asked(queries, table, 100, 0.55, reduce=reduce)
@@ -145,16 +145,16 @@ def test_scores_are_exact_whatever_is_lost(kinds, reduce):
 
 def test_a_threshold_that_is_refuted_is_made_good():
     """All rows of every 64th block are far better than the rest: the sample promises more than there is."""
-    items = torch.randn(131_072, 16, generator=generator(0))
+    items = torch.randn(131_072, 32, generator=generator(0))
     items[(torch.arange(len(items)) // 32) % 64 == 0] += 5
     for kinds in PACKED:
-        found, stats = asked(torch.ones(1, 1, 16), ItemTable(items).pack(kinds), 4000, 0.9)
+        found, stats = asked(torch.ones(1, 1, 32), ItemTable(items).pack(kinds), 4000, 0.9)
         assert stats.proven.all()
-        assert_same_bits(found, score_topk(torch.ones(1, 1, 16), items, 4000))
+        assert_same_bits(found, score_topk(torch.ones(1, 1, 32), items, 4000))
 
 
 def test_where_it_is_one_in_effect():
-    items, queries = data("iid", 3, 70_000, 24)
+    items, queries = data("iid", 3, 70_000, 64)
     exact = score_topk(queries, items, 30)
     small, narrow = items[:60_000], items[:, :15].contiguous()
     for asking, table, wanted in (
@@ -167,7 +167,7 @@ def test_where_it_is_one_in_effect():
         assert stats.proven.all()
         assert_same_bits(found, wanted)
     table = ItemTable(items).pack(("int2", "int4"))
-    many = queries[:1].expand(MOST + 1, 1, 24)
+    many = queries[:1].expand(MOST + 1, 1, 64)
     found, stats = asked(many, table, 30, 0.5)
     assert stats.proven.all()
     assert_same_bits(found, score_topk(many, items, 30))
@@ -179,7 +179,7 @@ def test_where_it_is_one_in_effect():
 
 
 def test_rows_that_are_being_replaced_are_scanned_exactly():
-    items, queries = data("iid", 2, 70_000, 24)
+    items, queries = data("iid", 2, 70_000, 64)
     table = ItemTable(items.clone()).pack(("int2", "int4"))
     version, _ = table._log.pin()
     try:
@@ -196,15 +196,15 @@ def test_rows_that_are_being_replaced_are_scanned_exactly():
 
 def test_extremes_stay_certain():
     """Rows that may hold anything, zero rows that win, rows behind the last block: whatever the recall."""
-    items, _ = data("iid", 1, 65_569, 32)
+    items, _ = data("iid", 1, 65_569, 64)
     items = -items.abs()
     items[77, 3], items[78] = INF, 0
     items[-1] = 1.0
     items[79, 0], items[79, 1] = 1e30, -1e29
     for kinds in PACKED:
         table = ItemTable(items).pack(kinds)
-        found = score_topk(torch.ones(1, 1, 32), table, 4, recall=0.5)
-        assert_same_bits(found, by_reference(torch.ones(1, 1, 32), items, 4))
+        found = score_topk(torch.ones(1, 1, 64), table, 4, recall=0.5)
+        assert_same_bits(found, by_reference(torch.ones(1, 1, 64), items, 4))
 
 
 def test_shares_of_the_slack():

@@ -99,11 +99,11 @@ def score_topk(
             reaches it is lost with a probability of at most 1 - recall, over queries, given the table's rotation. A
             query that was made from the table's own codes has no such promise. What is returned is scored exactly,
             does not depend on threads, timing or instruction set, and is exact (``ScanStats.proven``) where probable
-            bounds cannot win: on tables without codes, of fewer than 65,536 rows or 16 elements, while rows are being
-            replaced, in calls of more than 16 queries, where they rule out too little for some user of the call, for
-            users whose threshold is refuted, and by the other backends than "cpu". Fewest bytes are read from
-            ``pack(("int2", "int4"))``; on codes of 4 or 8 bits fewer rows are left to score. Source: RaBitQ (Gao and
-            Long, SIGMOD 2024) for the law of the error.
+            bounds cannot win: on tables without codes, of fewer than 65,536 rows, 2**22 numbers or 16 elements a row;
+            while rows are being replaced; in calls of more than 16 queries; where they rule out too little for some
+            user of the call; for users whose threshold is refuted; and by the other backends than "cpu". Fewest bytes
+            are read from ``pack(("int2", "int4"))``; on codes of 4 or 8 bits fewer rows are left to score. Source:
+            RaBitQ (Gao and Long, SIGMOD 2024) for the law of the error.
         sorted: False leaves the order within the k open.
         sparse_grad: the gradient of ``items`` is a coalesced COO tensor that holds the rows returned only.
         return_stats: also return :class:`ScanStats`: what was read, what survived the bounds.

@@ -52,7 +52,9 @@ struct Filter {
     if (kind != MaskKind::kBytes) return set;
     const uint8_t* bytes = mask + user * mask_user_stride + row * mask_row_stride;
     uint64_t some = 0;
-    for (int64_t i = 0; i < count; ++i) some |= uint64_t{bytes[i * mask_row_stride] != 0} << i;
+    int64_t i = 0;
+    for (; mask_row_stride == 1 && i + 8 <= count; i += 8) some |= uint64_t{bits_of_bytes(bytes + i)} << i;
+    for (; i < count; ++i) some |= uint64_t{bytes[i * mask_row_stride] != 0} << i;
     return set & some;
   }
 
@@ -78,6 +80,15 @@ struct Filter {
   }
 
  private:
+  // Which of eight bytes are not zero.
+  static uint8_t bits_of_bytes(const uint8_t* bytes) {
+    uint64_t x;
+    std::memcpy(&x, bytes, sizeof x);
+    constexpr uint64_t kLow = 0x7F7F7F7F7F7F7F7F;
+    x = (((x & kLow) + kLow) | x) & ~kLow;                               // the top bit of each byte
+    return static_cast<uint8_t>((x >> 7) * 0x0102040810204080u >> 56);  // byte i to bit i
+  }
+
   static uint64_t bits_of(const uint8_t* bits, int64_t row, int64_t count) {
     uint64_t set = 0;
     std::memcpy(&set, bits + row / 8, (count + 7) / 8);

@@ -19,9 +19,9 @@ constexpr int64_t kFewestResults = 512;         // below, the running threshold 
 constexpr int64_t kBlockStep = 64;              // of a sample of blocks: their codes are 1.6 % of all
 constexpr int64_t kFirstRows = 512;             // scored before, without codes, for a threshold of that sample
 constexpr int64_t kFirstRowsOfProbable = 1024;  // likewise for probable bounds, which see no better one meanwhile
-constexpr int64_t kTriedBlocks = 32;            // on which probable bounds are tried:
-constexpr int64_t kMostOfSample = 4;            // one row in so many may be left for the sample,
-constexpr int64_t kMostOfScan = 8;              // and in so many for the scan
+constexpr int64_t kTriedBlocks = 32;            // on which probable bounds are tried
+constexpr int64_t kFewestElements = 1 << 22;    // of a table; smaller ones are read before that has paid
+constexpr double kRowLeft = 1024;               // what a row that is left costs, in elements scored in passing
 constexpr double kMostTogether = 4;  // rows of a block on average among the best; more, and there is no guess
 
 // The exact score at `rank` among every step-th row.
@@ -64,12 +64,12 @@ float guess_from(const Group& group, TopKBuffer& best, int64_t most, double expe
   return rank <= found ? key_score(keys[rank - 1]) : -std::numeric_limits<float>::infinity();
 }
 
-// Whether a user's probable bounds leave more than one row in so many of some blocks.
-bool leaves_more_than(CodeScanner<TopKResults>& scanner, const Codes& codes, int64_t user, int64_t one_in) {
+// Whether a user's probable bounds leave more than this share of the rows of some blocks.
+bool leaves_more_than(CodeScanner<TopKResults>& scanner, const Codes& codes, int64_t user, double share) {
   int64_t left = 0;
   for (int64_t i = 0; i < kTriedBlocks; ++i)
     left += __builtin_popcount(scanner.reach_of_block(user, i * codes.count / kTriedBlocks));
-  return left * one_in > kTriedBlocks * kBlockRows;
+  return static_cast<double>(left) > share * static_cast<double>(kTriedBlocks * kBlockRows);
 }
 
 }  // namespace
@@ -125,7 +125,8 @@ AlignedVector<float> guess_by_codes(const TopKRequest& request, Group& group, st
 bool guess_for_probable_bounds(const TopKRequest& request, Group& group, std::vector<Workspace>& work) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const int64_t blocks = request.codes.count / kBlockStep, rows = request.items.rows;
-  if (rows < kFewestRows || request.k > rows / 2) return false;
+  if (rows < kFewestRows || rows * request.items.columns < kFewestElements || request.k > rows / 2) return false;
+  const double most_left = std::min(static_cast<double>(request.items.columns) / kRowLeft, 0.125);
   const double expected = static_cast<double>(request.k) * (blocks * kBlockRows) / rows;
   const int64_t most = rank_in_part(expected, kMostTogether), step = rows / kFirstRowsOfProbable;
   const double share = static_cast<double>(most) / static_cast<double>(blocks * kBlockRows);
@@ -138,7 +139,7 @@ bool guess_for_probable_bounds(const TopKRequest& request, Group& group, std::ve
   for (int64_t user = 0; user < group.users; ++user) {
     if (!has_queries(user)) continue;
     if (group.least[user] == -kInfinity) return false;
-    if (leaves_more_than(trial, request.codes, user, kMostOfSample)) return false;
+    if (leaves_more_than(trial, request.codes, user, std::min(4 * most_left, 0.25))) return false;
     results.raise_floor(user, lowest_key(group.least[user]));
   }
   std::atomic<int64_t> next{0};
@@ -157,7 +158,7 @@ bool guess_for_probable_bounds(const TopKRequest& request, Group& group, std::ve
   for (int64_t user = 0; user < group.users; ++user) {
     if (!has_queries(user)) continue;
     group.least[user] = guess_from(group, results.best(user), most, expected);
-    if (group.least[user] == -kInfinity || leaves_more_than(trial, request.codes, user, kMostOfScan)) return false;
+    if (group.least[user] == -kInfinity || leaves_more_than(trial, request.codes, user, most_left)) return false;
   }
   return true;
 }
