@@ -13,6 +13,7 @@ from .backends.codes import BLOCK, CELL_BITS, MAX_CELL, Cells, Codes
 from .backends.reference_codes import LARGEST_LENGTH, half_not_below
 
 DEFAULT_ROWS = 64  # of a cell
+MAX_ROWS = 2**31 - 1  # of a table: places are int32
 _LEAST_LENGTH = 2.0**-14  # what is shorter may have underflowed
 
 
@@ -26,6 +27,11 @@ def rows_of_cells(blocks: Any) -> int:
             f"{blocks!r} came"
         )
     return blocks
+
+
+def check_rows(rows: int) -> None:
+    if rows > MAX_ROWS:
+        raise ValueError(f"blocks: tables of up to {MAX_ROWS:,} rows can be packed in blocks, this one has {rows:,}")
 
 
 def blocks_of_cells(coded: int, cell_rows: int) -> int:

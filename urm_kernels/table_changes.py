@@ -15,7 +15,7 @@ from .backends.table_view import gather_rows, more_bits, rows_lie_apart, rows_of
 from .freshness import MadeFrom
 from .interop import as_tensor
 from .names import Names, as_names
-from .table_cells import blocks_of_cells, order_of_moved
+from .table_cells import blocks_of_cells, check_rows, order_of_moved
 from .table_codes import PackableTable
 from .updates import UpdateLog, write_rows
 
@@ -203,6 +203,8 @@ class ChangingTable(PackableTable):
         with self._changing("append"):
             before = len(self)
             checks.number_of_rows("factors", before + count)
+            if self.code_cell_rows:
+                check_rows(before + count)
             values = self._values(count, factors=factors, text=text, row_scale=row_scale, bias=bias)
             missing = [n for n in ROW_PARTS if getattr(self, n) is not None and n not in values]
             if missing or (ids is None) != (self._names is None):

@@ -100,6 +100,8 @@ class PackableTable(nn.Module):
         """
         kinds = checked_kinds(codes)
         cell_rows = table_cells.rows_of_cells(blocks)
+        if cell_rows:
+            table_cells.check_rows(len(self.factors))
         seed = checks.count("seed", seed)
         if progress is not None and not callable(progress):
             raise TypeError(f"progress: a function of two integers or None is wanted, {progress!r} came")
