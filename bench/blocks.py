@@ -3,9 +3,9 @@
     python3 bench/blocks.py [--rows 1e7] [--r 128] [--kinds clustered,iid] [--shapes 1x1,1x8,1x128,8x8] [--k 100]
                             [--masks] [--results FILE]
 
-One line a shape: milliseconds of a call, medians of queries that take turns, whose results are compared bit by bit before
-anything is timed; the share of (user, block) pairs that was read; then the ratios. With --masks also a mask of one block in
-a hundred of the packed order and one of every hundredth row. The results are also written as JSON.
+One line a shape: milliseconds of a call, medians of queries that take turns, whose results are compared bit by bit
+before anything is timed; the share of (user, block) pairs that was read; then the ratios. With --masks also a mask of
+one block in a hundred of the packed order and one of every hundredth row. The results are also written as JSON.
 """
 
 from __future__ import annotations
@@ -74,8 +74,9 @@ def shape_of(table: ItemTable, plain: ItemTable, asked: Sequence[Tensor], k: int
 
 
 def masks_of(table: ItemTable, asked: Sequence[Tensor], k: int) -> dict[str, Any]:
-    cells = table.codes().cells  # type: ignore[union-attr]  # packed in blocks
-    assert cells is not None
+    codes = table.codes()
+    assert codes is not None and codes.cells is not None
+    cells = codes.cells
     rows = cells.order[: cells.number() * cells.rows, 0].long().view(-1, cells.rows)
     of_blocks, of_rows = torch.zeros(len(table), dtype=torch.bool), torch.zeros(len(table), dtype=torch.bool)
     of_blocks[rows[torch.randperm(len(rows))[: len(rows) // 100]].flatten()] = True
@@ -106,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table = ItemTable(items).pack(blocks=True)
         packed = time.perf_counter() - begun
         held = sum(size for name, size in table.memory().items() if name.startswith("code_"))
-        print(f"{kind}, N = {asked.rows:g}, r = {asked.r}: packed in {packed:.1f} s, {held / asked.rows:.1f} bytes a row")
+        size = f"N = {asked.rows:g}, r = {asked.r}"
+        print(f"{kind}, {size}: packed in {packed:.1f} s, {held / asked.rows:.1f} bytes a row")
         for shape in asked.shapes.split(","):
             users, count = map(int, shape.split("x"))
             queries = [make_queries(kind, users, count, asked.r, seed, items) for seed in range(4)]
