@@ -69,6 +69,20 @@ class ScanOptions(NamedTuple):
     exclude: Tensor | None = None
 
 
+class Walk(NamedTuple):
+    """What a walk through a graph is told; arguments of urm_kernels.explore_topk, checked.
+
+    neighbors: int32 or int64 [N, degree], contiguous. seed: int64 scalar. streams: int64 [B], contiguous.
+    """
+
+    neighbors: Tensor
+    rounds: int
+    first: int
+    width: int
+    seed: Tensor
+    streams: Tensor
+
+
 def gather_rows(source: Tensor, rows: Tensor) -> Tensor:
     """``source[rows]``, for dtypes that torch does not index as well."""
     if source.dtype == torch.float8_e4m3fn:
