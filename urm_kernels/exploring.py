@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ def explore_topk(
     k: int,
     *,
     rounds: int = 4,
-    width: int = 512,
+    width: int | Sequence[int] | None = None,
     first: int | None = None,
     temperature: float | Tensor = 1.0,
     seed: int | Tensor | Generator | None = None,
@@ -65,9 +66,10 @@ def explore_topk(
     Args:
         graph: neighbours of the items' rows, on the queries' device.
         rounds: 1 returns the best of the first subset.
-        width: rows whose neighbours a round takes. At most ``first + (rounds - 1) * width * graph.degree`` rows are
-            scored.
-        first: rows of the first subset, one of each of as many equal parts of the table; None: N / 200.
+        width: rows whose neighbours each round after the first takes, one number for all or one a round. At most
+            ``first + sum(width) * graph.degree`` rows are scored. None: k / 2 in the second round, which knows little
+            yet, and 3 k / 2 in those that follow, but 32 at least.
+        first: rows of the first subset, one of each of as many equal parts of the table; None: N / 50.
         temperature: of the draws; a positive number or scalar tensor. It gets no gradient.
         seed: an integer, an int64 scalar tensor on the queries' device, a torch.Generator of that device, or None for
             torch's default one.
@@ -94,13 +96,14 @@ def explore_topk(
     checks.same_device("graph", graph.neighbors, queries.device)
     if len(graph) != rows:
         raise ValueError(f"graph: neighbours of the N = {rows} rows of items are wanted, those of {len(graph)} came")
-    k, rounds, width = checks.count("k", k), checks.count("rounds", rounds), checks.count("width", width)
+    k, rounds = checks.count("k", k), checks.count("rounds", rounds)
     if rounds < 1:
         raise ValueError(f"rounds: at least 1 is wanted, {rounds} came")
-    first = -(-rows // 200) if first is None else checks.count("first", first)
+    widths = _widths(width, rounds, k)
+    first = -(-rows // 50) if first is None else checks.count("first", first)
     temperature = as_tensor("temperature", temperature)
     temperature = checks.temperature(temperature, ops.library.compute_dtype(queries, table.items), queries.device)
-    walk = (graph.neighbors, rounds, first, width, temperature.detach(), _seed(seed, queries.device))
+    walk = (graph.neighbors, first, widths, temperature.detach(), _seed(seed, queries.device))
     checks.flag("sparse_grad", sparse_grad)
     checks.flag("return_stats", return_stats)
     streams = _streams(streams, users, queries.device)
@@ -108,6 +111,18 @@ def explore_topk(
     scores, ids, scored = ops.explore_topk(queries, *table, k, *options)
     found = TopK(scores, ids)
     return (found, ExploreStats(scored)) if return_stats else found
+
+
+def _widths(width: int | Sequence[int] | None, rounds: int, k: int) -> list[int]:
+    """One number for each round after the first."""
+    if width is None:
+        later = max(3 * k // 2, 32)
+        return [max(k // 2, 32), *[later] * (rounds - 2)][: rounds - 1]
+    if not isinstance(width, Sequence):
+        return [checks.count("width", width)] * (rounds - 1)
+    if len(width) != rounds - 1:
+        raise ValueError(f"width: a number for each of {rounds - 1} rounds after the first is wanted, {width!r} came")
+    return [checks.count("width", number) for number in width]
 
 
 def _seed(seed: int | Tensor | Generator | None, device: torch.device) -> Tensor:

@@ -66,9 +66,9 @@ class NeighborGraph:
             x = torch.nn.functional.normalize(items)
             (x @ x.T).fill_diagonal_(-torch.inf).topk(degree).indices
 
-        With more levels the degree is shared out: a row's neighbours are the nearest of all rows, of a random
-        ``thinning``-th of the rows, of a ``thinning``-th of these, and so on, as the levels of HNSW (Malkov and Yashunin,
-        TPAMI 2020) hold. Where rows have many near copies, the nearest rows alone lead nowhere else.
+        With more levels the degree is shared out: three quarters of a row's neighbours are the nearest of all rows,
+        three quarters of the rest those of a random ``thinning``-th of the rows, and so on, as the levels of HNSW hold
+        (Malkov and Yashunin, TPAMI 2020). Where rows have many near copies, the nearest rows alone lead nowhere else.
 
         Args:
             items: [N, r] float32, float16 or bfloat16, or an :class:`ItemTable`, whose bias takes no part and whose

@@ -51,15 +51,26 @@ def _search(items: Tensor, degree: int, metric: str, levels: int, thinning: int,
     table, bias = _compared(items, metric)
     found = torch.full((rows, degree), -1, dtype=torch.int32 if rows < 2**31 else torch.int64, device=items.device)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).to(items.device)
+    shares = _shares(degree, levels)
     with _reported(progress, rows * levels) as step:
         start = 0
         for level in range(levels):
-            width = degree // levels + (level < degree % levels)
+            width = shares[level]
             members = order[: max(1, rows // thinning**level)].sort().values if rows else order
             columns = slice(start, start + width)
             _nearest(table, bias, members, found, columns, step)
             start += width
     return found
+
+
+def _shares(degree: int, levels: int) -> list[int]:
+    """How many neighbours come from each level: three quarters from the first, three quarters of the rest from the
+    next, what remains from the last; one at least."""
+    shares = []
+    for level in range(levels - 1, 0, -1):
+        shares.append(max(1, min(3 * degree // 4, degree - level)))
+        degree -= shares[-1]
+    return [*shares, degree]
 
 
 def _compared(items: Tensor, metric: str) -> tuple[Tensor, Tensor | None]:

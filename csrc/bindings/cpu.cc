@@ -255,15 +255,14 @@ void score_candidates(const Queries& queries, const Table& table, int reduce, ui
 using Graph = std::tuple<uintptr_t, bool, int64_t>;
 
 void explore_topk(const Queries& queries, const Table& table, int reduce, const FilterSpec& filter, const Graph& graph,
-                  int64_t rounds, int64_t first, int64_t width, float temperature, int64_t seed, uintptr_t streams,
+                  int64_t first, const std::vector<int64_t>& widths, float temperature, int64_t seed, uintptr_t streams,
                   int64_t k, int torch_threads, uintptr_t scores, uintptr_t ids, uintptr_t scored) {
   urm::ExploreRequest request;
   set_scan(queries, table, reduce, filter, torch_threads, request);
   std::tie(std::ignore, request.wide, request.degree) = graph;
   request.neighbors = at<void>(std::get<0>(graph));
-  request.rounds = rounds;
   request.first = first;
-  request.width = width;
+  request.widths = widths;
   request.temperature = temperature;
   request.seed = static_cast<uint64_t>(seed);
   request.streams = at<int64_t>(streams);

@@ -53,7 +53,7 @@ class Explorer {
         walks_(users) {}
 
   bool run() {
-    for (int64_t round = 0; round < request_.rounds; ++round) {
+    for (int64_t round = 0; round <= static_cast<int64_t>(request_.widths.size()); ++round) {
       if (request_.interrupted && request_.interrupted()) return false;
       if (round == 0) begin();
       else go_on(round);
@@ -103,9 +103,10 @@ class Explorer {
 
   // Draws good rows and takes their neighbours.
   void go_on(int64_t round) {
+    const int64_t width = request_.widths[round - 1];
     make_keys(seed_of_round(request_.seed, round));
     for (Walk& walk : walks_) {
-      const int64_t known = static_cast<int64_t>(walk.rows.size()), drawn = std::min(request_.width, known);
+      const int64_t known = static_cast<int64_t>(walk.rows.size()), drawn = std::min(width, known);
       const int64_t more = most_neighbors(drawn);
       walk.chosen.reserve(known);
       walk.seen.reserve_more(more);
@@ -113,8 +114,8 @@ class Explorer {
       walk.fresh.reserve(more);
     }
     each(users_, [&](int64_t user) {
-      if (request_.wide) follow(static_cast<const int64_t*>(request_.neighbors), walks_[user]);
-      else follow(static_cast<const int32_t*>(request_.neighbors), walks_[user]);
+      if (request_.wide) follow(static_cast<const int64_t*>(request_.neighbors), width, walks_[user]);
+      else follow(static_cast<const int32_t*>(request_.neighbors), width, walks_[user]);
     });
   }
 
@@ -144,11 +145,11 @@ class Explorer {
   }
 
   template <class Index>
-  void follow(const Index* neighbors, Walk& walk) const {
+  void follow(const Index* neighbors, int64_t width, Walk& walk) const {
     walk.chosen.clear();
     for (uint64_t key : walk.keys)
       if (key != kNoKey) walk.chosen.push_back(key);
-    const int64_t drawn = std::min<int64_t>(request_.width, static_cast<int64_t>(walk.chosen.size()));
+    const int64_t drawn = std::min<int64_t>(width, static_cast<int64_t>(walk.chosen.size()));
     if (!drawn) return;
     std::nth_element(walk.chosen.begin(), walk.chosen.begin() + (drawn - 1), walk.chosen.end(),
                      std::greater<uint64_t>());
@@ -229,9 +230,10 @@ bool explore_topk(const ExploreRequest& request) {
   const DefaultFloatEnvironment environment;
   const int64_t rows = request.items.rows, users = request.queries.users;
   int64_t most = std::min(request.first, rows);
-  for (int64_t round = 1; round < request.rounds && most < rows; ++round)
-    most =
-        request.degree && request.width > (rows - most) / request.degree ? rows : most + request.width * request.degree;
+  for (int64_t width : request.widths) {
+    if (request.degree && width > (rows - most) / request.degree) most = rows;
+    else most += width * request.degree;
+  }
   const int64_t together = std::max<int64_t>(kRowsAtOnce / std::max<int64_t>(most, 1), 4 * request.threads);
   for (int64_t first = 0; first < users; first += together)
     if (!Explorer(request, first, std::min(together, users - first)).run()) return false;

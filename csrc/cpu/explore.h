@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "scan.h"
 
@@ -12,9 +13,8 @@ struct ExploreRequest : ScanRequest {
   const void* neighbors = nullptr;  // [rows, degree] rows; others, -1 for one, are none
   bool wide = false;                // int64 instead of int32
   int64_t degree = 0;
-  int64_t rounds = 1;
-  int64_t first = 0;  // rows of the first round
-  int64_t width = 0;  // rows whose neighbours a round takes
+  int64_t first = 0;            // rows of the first round
+  std::vector<int64_t> widths;  // rows whose neighbours each further round takes
   float temperature = 1;
   uint64_t seed = 0;
   const int64_t* streams = nullptr;  // [users]

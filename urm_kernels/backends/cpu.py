@@ -204,9 +204,8 @@ def explore_topk(
     extension().explore_topk(
         *arguments,
         (neighbors.data_ptr(), neighbors.dtype == torch.int64, neighbors.shape[1]),
-        walk.rounds,
         walk.first,
-        walk.width,
+        list(walk.widths),
         temperature.item(),
         walk.seed.item(),
         walk.streams.data_ptr(),

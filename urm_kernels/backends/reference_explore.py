@@ -42,7 +42,7 @@ def explore(
             seed = noise.seed_of_round(walk.seed, number)
             perturbed = noise.perturbed_scores(scores.float(), temperature.float(), seed, stream, known)
             left = (~followed).nonzero().flatten()
-            drawn = left[in_order(perturbed[left], known[left])[: walk.width]]
+            drawn = left[in_order(perturbed[left], known[left])[: walk.widths[number - 1]]]
             followed[drawn] = True
             fresh = walk.neighbors[known[drawn]].flatten().long()
             fresh = fresh[(fresh >= 0) & (fresh < rows)].unique()
@@ -66,7 +66,8 @@ def explore_topk(
     score_candidates: Callable[..., Tensor],
     allowed_rows: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See urm_kernels.explore_topk; temperature has the dtype of computation. Returns scores, ids [B, k], rows scored [rounds, B]."""
+    """See urm_kernels.explore_topk; temperature has the dtype of computation. Returns scores and ids [B, k], and how
+    many rows were scored [rounds, B]."""
     users, rows, device = queries.shape[0], table.items.shape[0], queries.device
     scores = torch.full((users, k), -torch.inf, dtype=temperature.dtype, device=device)
     ids = torch.full((users, k), -1, dtype=torch.int64, device=device)

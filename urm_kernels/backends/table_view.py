@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -76,11 +77,14 @@ class Walk(NamedTuple):
     """
 
     neighbors: Tensor
-    rounds: int
     first: int
-    width: int
+    widths: Sequence[int]  # of the rounds after the first
     seed: Tensor
     streams: Tensor
+
+    @property
+    def rounds(self) -> int:
+        return 1 + len(self.widths)
 
 
 def gather_rows(source: Tensor, rows: Tensor) -> Tensor:

@@ -15,23 +15,22 @@ from .topk import scored_rows_backward
 
 _SCHEMA = (
     f"(Tensor queries, {library.TABLE}, SymInt k, Tensor? query_mask, str reduce, Tensor? mask, Tensor? exclude, "
-    "Tensor neighbors, int rounds, SymInt first, SymInt width, Tensor temperature, Tensor seed, Tensor streams, "
+    "Tensor neighbors, SymInt first, SymInt[] widths, Tensor temperature, Tensor seed, Tensor streams, "
     "bool sparse_grad, str backend) -> (Tensor, Tensor, Tensor)"
 )
 
 
 def _explore_topk(queries: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     held, asked = arguments[: library.TABLE_SIZE], arguments[library.TABLE_SIZE :]
-    k, query_mask, reduce, mask, exclude, neighbors, rounds, first, width, temperature, seed, streams, _, backend = (
-        asked
-    )
+    k, query_mask, reduce, mask, exclude, neighbors, *walked, _sparse_grad, backend = asked
+    first, widths, temperature, seed, streams = walked
     library.check_rows("exclude", exclude, held[0].shape[0])
     if temperature.device.type == "cpu":
         checks.positive_normal("temperature", temperature.item(), temperature.dtype)
     with library.reading(*held) as table:
         chosen = select.choose("explore_topk", queries, table, backend)
         options = ScanOptions(query_mask, reduce, mask, exclude)
-        walk = Walk(neighbors.contiguous(), rounds, first, width, seed, streams.contiguous())
+        walk = Walk(neighbors.contiguous(), first, widths, seed, streams.contiguous())
         try:
             return chosen.explore_topk(queries, table, options, walk, temperature, k)
         except RuntimeError as error:
@@ -40,10 +39,10 @@ def _explore_topk(queries: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Ten
 
 
 def _explore_topk_fake(queries, items, *arguments):
-    k, rounds = arguments[library.TABLE_SIZE - 1], arguments[library.TABLE_SIZE + 5]
+    k, widths = arguments[library.TABLE_SIZE - 1], arguments[library.TABLE_SIZE + 6]
     shape = (queries.shape[0], k)
     scores = queries.new_empty(shape, dtype=library.compute_dtype(queries, items))
-    counts = queries.new_empty((rounds, queries.shape[0]), dtype=torch.int64)
+    counts = queries.new_empty((1 + len(widths), queries.shape[0]), dtype=torch.int64)
     return scores, queries.new_empty(shape, dtype=torch.int64), counts
 
 
@@ -57,7 +56,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_scores: Tensor, *_grads: None):
     grad_queries, grad_items, grad_bias = scored_rows_backward(ctx, grad_scores)
-    return grad_queries, grad_items, grad_bias, *[None] * (library.TABLE_SIZE + 12)
+    return grad_queries, grad_items, grad_bias, *[None] * (library.TABLE_SIZE + 11)
 
 
 _with_grad = library.register("explore_topk", _SCHEMA, _explore_topk, _explore_topk_fake)
