@@ -8,7 +8,6 @@
 #include <optional>
 #include <string>
 
-#include "../common/gumbel.h"
 #include "../cpu/candidates.h"
 #include "../cpu/ceilings.h"
 #include "../cpu/encode.h"
@@ -318,14 +317,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("log_partition", &log_partition);
   m.def("log_partition_backward", &log_partition_backward);
   m.def("explore_topk", &explore_topk);
-  m.def(
-      "gumbel_noise",
-      [](int64_t seed, uintptr_t streams, uintptr_t rows, int64_t count, uintptr_t out) {
-        for (int64_t i = 0; i < count; ++i)
-          at<float>(out)[i] =
-              urm::gumbel_noise(static_cast<uint64_t>(seed), at<uint64_t>(streams)[i], at<uint64_t>(rows)[i]);
-      },
-      "Noise of (stream, row) pairs.");
   m.def("score_candidates", &score_candidates, "Scores [users, count], or dots [users, queries, count] not reduced.");
   m.def(
       "write_rows",

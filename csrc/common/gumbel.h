@@ -1,7 +1,7 @@
 // Gumbel noise of a (seed, stream, row), the same bits on every machine: a counter's random bits through a logarithm of
 // the library's own, a fixed order of IEEE double operations without a fused one.
 //
-// log and log1p are within 3 units in the last place of exact arithmetic where they are used, the noise before its one
+// log and log1p are within 4 units in the last place of exact arithmetic where they are used, the noise before its one
 // rounding to float within 2^-50 max(1, |noise|). 64 bits: at 5e7 equal items, 32 would leave most draws to ties.
 #pragma once
 

@@ -218,14 +218,6 @@ def explore_topk(
     return scores, ids, counts
 
 
-def gumbel_noise(seed: Tensor, streams: Tensor, rows: Tensor) -> Tensor:
-    """float32 noise of (stream, row) pairs, both int64 [n]."""
-    streams, rows = streams.contiguous(), rows.contiguous()
-    out = torch.empty(len(rows))
-    extension().gumbel_noise(seed.item(), streams.data_ptr(), rows.data_ptr(), len(rows), out.data_ptr())
-    return out
-
-
 def can_copy_rows(table: Tensor) -> bool:
     """Whether :func:`write_rows` and :func:`read_rows` take it: on the CPU, the elements of a row side by side."""
     if table.device.type != "cpu" or (table.dim() > 1 and table.stride(-1) != 1):

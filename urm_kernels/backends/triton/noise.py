@@ -73,9 +73,8 @@ def canonical_log64(s):
 
 
 @triton.jit
-def gumbel_noise(seed, stream, row):
-    """float32 noise of (seed, stream, row)."""
-    first, second = random_words(seed, stream, row)
+def gumbel_of(first, second):
+    """float32 -log(-log(1 - v)) of the number v that two random words make."""
     first, second = first.to(tl.float64), second.to(tl.float64)
     whole = first * _constant(first, 4294967296.0) + second
     v = (whole + _constant(first, 0.5)) * _constant(first, 5.421010862427522e-20)  # 2**-64
@@ -84,3 +83,10 @@ def gumbel_noise(seed, stream, row):
     direct = _scaled_log(tl.zeros_like(v), -v)
     logarithm = tl.where(v < _constant(v, 0.28125), direct, canonical_log64(_constant(v, 1.0) - v))
     return (-canonical_log64(-logarithm)).to(tl.float32)
+
+
+@triton.jit
+def gumbel_noise(seed, stream, row):
+    """float32 noise of (seed, stream, row)."""
+    first, second = random_words(seed, stream, row)
+    return gumbel_of(first, second)
