@@ -83,8 +83,9 @@ URM_HOST_DEVICE double open_uniform(uint64_t bits) {
   return v < 1.0 - 0x1p-53 ? v : 1.0 - 0x1p-53;
 }
 
+// A zero is +0.
 URM_HOST_DEVICE double gumbel_of(double v) {
-  return -canonical_log64(-canonical_log1p_minus(v));
+  return plain_sum(0.0, -canonical_log64(-canonical_log1p_minus(v)));
 }
 
 URM_HOST_DEVICE float gumbel_noise(uint64_t seed, uint64_t stream, uint64_t row) {

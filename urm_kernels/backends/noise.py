@@ -86,8 +86,8 @@ def open_uniform(first: Tensor, second: Tensor) -> Tensor:
 
 
 def gumbel_of(v: Tensor) -> Tensor:
-    """-log(-log(1 - v)) in float64."""
-    return -canonical_log64(-canonical_log1p_minus(v))
+    """-log(-log(1 - v)) in float64; a zero is +0."""
+    return 0.0 - canonical_log64(-canonical_log1p_minus(v))
 
 
 def gumbel_noise(seed: Tensor, stream: Tensor, row: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def gumbel_of(first, second):
     v = tl.where(v < below_one, v, below_one)
     direct = _scaled_log(tl.zeros_like(v), -v)
     logarithm = tl.where(v < _constant(v, 0.28125), direct, canonical_log64(_constant(v, 1.0) - v))
-    return (-canonical_log64(-logarithm)).to(tl.float32)
+    return (_constant(v, 0.0) - canonical_log64(-logarithm)).to(tl.float32)
 
 
 @triton.jit
