@@ -191,7 +191,7 @@ def start_of_the_line():
 
 
 def test_draws_follow_the_probabilities():
-    """Four parts of a hundred equal rows; the first round scores one of each, the second draws one of these, and each of
+    """Four parts of a hundred equal rows: the first round scores one of each, the second draws one of these. Each of
     the first three parts leads to a row of its own in the last."""
     values = torch.tensor([2.0, 1.0, 0.0, -9.0])
     target = torch.tensor([300, 301, 302, -1])
