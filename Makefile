@@ -37,7 +37,8 @@ BLACKWELL := URM_TRITON_BLACKWELL=$(CURDIR)/$(VENV)/blackwell
 # The GPU's kernels run in Triton's interpreter, which is chosen when they are imported: processes of their own, two side
 # by side, since it uses one processor.
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -W ignore -m pytest -p no:warnings
-FUNCTIONS := $(addprefix python_tests/test_,candidates.py partition.py partition_gradients.py triton_functions.py)
+FUNCTIONS := $(addprefix python_tests/test_,candidates.py explore.py noise.py partition.py partition_gradients.py \
+  triton_functions.py)
 test: $(VENV)/build.stamp $(VENV)/blackwell.stamp
 	$(INTERPRETED) -k triton $(FUNCTIONS) > $(VENV)/functions.log 2>&1 & functions=$$!; \
 	$(INTERPRETED) python_tests/test_triton.py python_tests/test_interpreter.py; status=$$?; \

@@ -49,8 +49,9 @@ def in_turns(ways: dict[str, Callable[[Tensor], Any]], asked: Sequence[Tensor], 
     """Median milliseconds of each way."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds):
+        queries = asked[turn % len(asked)]
         for name, way in ways.items():
-            taken[name].append(timed(lambda w=way, q=asked[turn % len(asked)]: w(q))[0])
+            taken[name].append(timed(lambda w=way, q=queries: w(q))[0])
     return {name: 1e3 * statistics.median(seconds[1:]) for name, seconds in taken.items()}
 
 

@@ -21,8 +21,8 @@ import compile_only
 import torch
 import triton
 
-from urm_kernels.backends.table_view import ScanOptions, TableView
-from urm_kernels.backends.triton import candidates, partition, partition_gradient, search
+from urm_kernels.backends.table_view import ScanOptions, TableView, Walk
+from urm_kernels.backends.triton import candidates, explore, partition, partition_gradient, search
 from urm_kernels.backends.triton.plan import Card
 
 ARCHITECTURES = (80, 90, 100)
@@ -112,6 +112,7 @@ def launches(case: Case, architecture: int) -> list[compile_only.Launch]:
     options = ScanOptions(None, case.reduce, mask, exclude)
     temperature, per_user = torch.empty((), **meta), torch.empty(case.B, **meta)
     rows = torch.empty(case.B, 100, dtype=torch.int64, **meta)
+    neighbors, seed = torch.empty(case.rows, 32, dtype=torch.int32, **meta), torch.empty((), dtype=torch.int64, **meta)
     with compile_only.recorded(architecture) as found:
         search.search(queries, table, options, case.k, True, card)
         for chosen in (rows, rows[0]) if case.whole else ():
@@ -119,6 +120,8 @@ def launches(case: Case, architecture: int) -> list[compile_only.Launch]:
             candidates.candidate_dots(queries, table, chosen)
         if case.whole:
             partition.log_partition(queries, table, options, temperature, card)
+            walk = Walk(neighbors, 1000, [100, 200], seed, rows[:, 0])
+            explore.explore_topk(queries, table, options, walk, temperature, 100)
             weigh = (per_user, per_user, queries, table, options, temperature, slice(0, 1000), card)
             partition_gradient.partition_weights(*weigh)
     return found

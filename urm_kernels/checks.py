@@ -236,6 +236,12 @@ def candidates(candidates: Tensor, users: int, device: torch.device) -> None:
         raise ValueError(f"candidates: shape [B, C] with B = {users}, or [C], is wanted, {_shape(candidates)} came")
 
 
+def streams(streams: Tensor, users: int, device: torch.device) -> None:
+    _typed("streams", streams, (torch.int64,), device)
+    if streams.dim() != 1 or streams.shape[0] != users:
+        raise ValueError(f"streams: shape [B] = [{users}] is wanted, {_shape(streams)} came")
+
+
 def temperature(temperature: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A scalar of the dtype of computation. Tensors' values are looked at in the op, and on the CPU only."""
     if isinstance(temperature, Tensor):

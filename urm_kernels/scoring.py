@@ -118,9 +118,9 @@ def score_topk(
         TypeError, ValueError: with the argument's name, what came and what was wanted.
         MemoryError, torch.OutOfMemoryError: the result does not fit, on the CPU and on a GPU.
     """
-    table, queries, query_mask = _common(queries, items, projection, query_mask, reduce, bias)
+    table, queries, query_mask = checked_scoring(queries, items, projection, query_mask, reduce, bias)
     users, rows = queries.shape[0], table.items.shape[0]
-    mask, exclude = _filters(mask, exclude, users, rows, queries)
+    mask, exclude = checked_filters(mask, exclude, users, rows, queries)
     k = checks.count("k", k)
     checks.flag("sorted", sorted)
     checks.flag("sparse_grad", sparse_grad)
@@ -167,7 +167,7 @@ def score_candidates(
         TypeError, ValueError: with the argument's name, what came and what was wanted.
         MemoryError, torch.OutOfMemoryError: the result does not fit.
     """
-    table, queries, query_mask = _common(queries, items, projection, query_mask, reduce, bias)
+    table, queries, query_mask = checked_scoring(queries, items, projection, query_mask, reduce, bias)
     candidates = as_tensor("candidates", candidates)
     checks.candidates(candidates, queries.shape[0], queries.device)
     checks.flag("sparse_grad", sparse_grad)
@@ -210,15 +210,15 @@ def log_partition(
     Raises:
         TypeError, ValueError: with the argument's name, what came and what was wanted.
     """
-    table, queries, query_mask = _common(queries, items, projection, query_mask, reduce, bias)
+    table, queries, query_mask = checked_scoring(queries, items, projection, query_mask, reduce, bias)
     users, rows = queries.shape[0], table.items.shape[0]
-    mask, exclude = _filters(mask, exclude, users, rows, queries)
+    mask, exclude = checked_filters(mask, exclude, users, rows, queries)
     temperature = as_tensor("temperature", temperature)
     temperature = checks.temperature(temperature, ops.library.compute_dtype(queries, table.items), queries.device)
     return ops.log_partition(queries, *table, query_mask, reduce, mask, exclude, temperature, checks.backend(backend))
 
 
-def _common(queries, items, projection, query_mask, reduce, bias) -> tuple[Serving, Tensor, Tensor | None]:
+def checked_scoring(queries, items, projection, query_mask, reduce, bias) -> tuple[Serving, Tensor, Tensor | None]:
     """What every scoring function takes: (the table's tensors, queries [B, M, r], query_mask)."""
     queries = as_tensor("queries", queries)
     projection, query_mask = as_tensor("projection", projection), as_tensor("query_mask", query_mask)
@@ -245,7 +245,7 @@ def _common(queries, items, projection, query_mask, reduce, bias) -> tuple[Servi
     return table, queries, query_mask
 
 
-def _filters(mask, exclude, users: int, rows: int, queries: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def checked_filters(mask, exclude, users: int, rows: int, queries: Tensor) -> tuple[Tensor | None, Tensor | None]:
     mask, exclude = as_tensor("mask", mask), as_tensor("exclude", exclude)
     checks.mask(mask, users, rows, queries.device)
     checks.exclude(exclude, users, queries.device)

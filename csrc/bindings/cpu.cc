@@ -11,6 +11,7 @@
 #include "../cpu/candidates.h"
 #include "../cpu/ceilings.h"
 #include "../cpu/encode.h"
+#include "../cpu/explore.h"
 #include "../cpu/large_pages.h"
 #include "../cpu/partition_gradient.h"
 #include "../cpu/rows.h"
@@ -278,6 +279,28 @@ void score_candidates(const Queries& queries, const Table& table, int reduce, ui
   else urm::candidate_dots(request, at<float>(out));
 }
 
+// address, whether int64, degree
+using Graph = std::tuple<uintptr_t, bool, int64_t>;
+
+void explore_topk(const Queries& queries, const Table& table, int reduce, const FilterSpec& filter, const Graph& graph,
+                  int64_t first, const std::vector<int64_t>& widths, float temperature, int64_t seed, uintptr_t streams,
+                  int64_t k, int torch_threads, uintptr_t scores, uintptr_t ids, uintptr_t scored) {
+  urm::ExploreRequest request;
+  set_scan(queries, table, reduce, filter, torch_threads, request);
+  std::tie(std::ignore, request.wide, request.degree) = graph;
+  request.neighbors = at<void>(std::get<0>(graph));
+  request.first = first;
+  request.widths = widths;
+  request.temperature = temperature;
+  request.seed = static_cast<uint64_t>(seed);
+  request.streams = at<int64_t>(streams);
+  request.k = k;
+  request.scores = at<float>(scores);
+  request.ids = at<int64_t>(ids);
+  request.scored = at<int64_t>(scored);
+  run(&urm::explore_topk, request);
+}
+
 urm::EncodeRequest encoding(const Matrix& items, const std::optional<Matrix>& row_scale, const RotationSpec& rotation,
                             int bits, uintptr_t blocks, uintptr_t fine) {
   urm::EncodeRequest request;
@@ -325,6 +348,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("encode_rows", &encode_rows, "Codes of rows into their places.");
   m.def("log_partition", &log_partition);
   m.def("log_partition_backward", &log_partition_backward);
+  m.def("explore_topk", &explore_topk);
   m.def("score_candidates", &score_candidates, "Scores [users, count], or dots [users, queries, count] not reduced.");
   m.def(
       "write_rows",

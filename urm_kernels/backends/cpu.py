@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import codes as formats
 from .codes import Cells, Codes
-from .table_view import ScanOptions, TableView
+from .table_view import ScanOptions, TableView, Walk
 
 ROW_SCALE = True  # whether rows may have a scale
 COUNTS = True  # whether it counts what a scan does
@@ -225,6 +225,31 @@ def _candidates(
         out.data_ptr(),
     )
     return out
+
+
+def explore_topk(
+    queries: Tensor, table: TableView, options: ScanOptions, walk: Walk, temperature: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See urm_kernels.explore_topk; queries are float32 [B, M, r], temperature a float32 scalar."""
+    users, neighbors = queries.shape[0], walk.neighbors
+    scores, ids = torch.empty((users, k)), torch.empty((users, k), dtype=torch.int64)
+    counts = torch.empty((walk.rounds, users), dtype=torch.int64)
+    arguments, _held = _scan(queries, table, options)
+    extension().explore_topk(
+        *arguments,
+        (neighbors.data_ptr(), neighbors.dtype == torch.int64, neighbors.shape[1]),
+        walk.first,
+        list(walk.widths),
+        temperature.item(),
+        walk.seed.item(),
+        walk.streams.data_ptr(),
+        k,
+        torch.get_num_threads(),
+        scores.data_ptr(),
+        ids.data_ptr(),
+        counts.data_ptr(),
+    )
+    return scores, ids, counts
 
 
 def can_copy_rows(table: Tensor) -> bool:

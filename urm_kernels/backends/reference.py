@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..float_mode import default_float_mode
-from . import reference_codes
+from . import reference_codes, reference_explore
 from .canonical import (
     LANES,
     canonical_dots,
@@ -25,7 +25,7 @@ from .canonical import (
     scalar,
 )
 from .codes import BLOCK, Codes
-from .table_view import ScanOptions, TableView, gather_rows, rows_of_bits
+from .table_view import ScanOptions, TableView, Walk, gather_rows, rows_of_bits
 
 ROW_SCALE = True  # whether rows may have a scale
 COUNTS = True  # whether it counts what a scan does
@@ -287,6 +287,15 @@ def score_candidates(
             there = there & rows_of_bits(table.alive, taken)
         scores = (scores + 0.0).masked_fill(~(there & exists.any(1, keepdim=True)), -torch.inf)
         return scores.masked_fill(unknown, torch.nan)
+
+
+def explore_topk(
+    queries: Tensor, table: TableView, options: ScanOptions, walk: Walk, temperature: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See urm_kernels.explore_topk; temperature is a scalar of the dtype of computation."""
+    with default_float_mode(queries.device):
+        asked = (queries, table, options, walk, temperature, k)
+        return reference_explore.explore_topk(*asked, score_candidates, allowed_rows)
 
 
 def allowed_rows(

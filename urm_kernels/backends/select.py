@@ -17,7 +17,7 @@ log = logging.getLogger("urm_kernels")
 # Preferred first.
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "reference": reference}
 
-FUNCTIONS = ("score_topk", "score_candidates", "log_partition")
+FUNCTIONS = ("score_topk", "score_candidates", "log_partition", "explore_topk")
 
 _said: set[str] = set()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,23 @@ class ScanOptions(NamedTuple):
     mask: Tensor | None = None
     exclude: Tensor | None = None
     recall: float = 1.0  # what is below, only a backend that is PROBABLE makes use of
+
+
+class Walk(NamedTuple):
+    """What a walk through a graph is told; arguments of urm_kernels.explore_topk, checked.
+
+    neighbors: int32 or int64 [N, degree], contiguous. seed: int64 scalar. streams: int64 [B], contiguous.
+    """
+
+    neighbors: Tensor
+    first: int
+    widths: Sequence[int]  # of the rounds after the first
+    seed: Tensor
+    streams: Tensor
+
+    @property
+    def rounds(self) -> int:
+        return 1 + len(self.widths)
 
 
 def gather_rows(source: Tensor, rows: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ number of what remembers what that was made from (urm_kernels.freshness).
 
 from . import library
 from .candidates import score_candidates
+from .explore import explore_topk
 from .partition import log_partition
 from .topk import score_topk
 
-__all__ = ["library", "log_partition", "score_candidates", "score_topk"]
+__all__ = ["explore_topk", "library", "log_partition", "score_candidates", "score_topk"]

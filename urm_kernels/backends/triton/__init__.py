@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...float_mode import default_float_mode
-from ..table_view import ScanOptions, TableView
+from ..table_view import ScanOptions, TableView, Walk
 
 COUNTS = True  # whether it counts what a scan does
 PROBABLE = False  # whether it makes use of a recall below 1
@@ -113,6 +113,15 @@ def log_partition(queries: Tensor, table: TableView, options: ScanOptions, tempe
     device = queries.device
     with _on(device):
         return _kernels("partition").log_partition(queries, table.settled(), options, temperature, card(device))
+
+
+def explore_topk(
+    queries: Tensor, table: TableView, options: ScanOptions, walk: Walk, temperature: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See urm_kernels.explore_topk; queries are float32 [B, M, r], temperature a float32 scalar."""
+    with _on(queries.device):
+        asked = (queries, table.settled(), options, walk, temperature, k)
+        return _kernels("explore").explore_topk(*asked)
 
 
 def partition_weights(
