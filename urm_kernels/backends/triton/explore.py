@@ -122,9 +122,9 @@ class _Walkers:
         allowed = (rows >= 0) & ~self._scores.isnan()
         mask = options.mask
         if mask is not None:
-            bits = mask.dtype == torch.uint8
-            held = mask.expand(len(rows), -1).gather(1, taken >> 3 if bits else taken)
-            allowed &= ((held >> (taken & 7)) & 1).bool() if bits else held
+            packed = mask.dtype == torch.uint8
+            held = mask.expand(len(rows), -1).gather(1, taken >> 3 if packed else taken)
+            allowed &= ((held >> (taken & 7)) & 1).bool() if packed else held
         if self._table.alive is not None:
             allowed &= rows_of_bits(self._table.alive, taken)
         if options.exclude is not None:
