@@ -78,6 +78,14 @@ def _elements_a_thread(layout, rows, columns):
     return -(-rows // down) * -(-columns // across) * down * across // (32 * warps)
 
 
+def test_noise_is_rounded_operation_by_operation():
+    found = [launch for launch in kernel_report.launches(kernel_report.CASES[0], 90) if launch.kernel == "perturb_rows"]
+    assert found
+    for launch in found:
+        code = launch.compiled.asm["ptx"]
+        assert "fma" not in code and "div.full" not in code and "div.rn.f64" in code
+
+
 def test_launches_fit_the_grid_at_a_hundred_million_rows_and_many_users():
     case = kernel_report.Case(kernel_report.BFLOAT16, 128, 70_000, 1, rows=10**8, whole=True)
     found = kernel_report.launches(case, 90)

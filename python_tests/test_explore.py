@@ -176,7 +176,7 @@ def test_forbidden_rows_are_passed_through_but_not_returned(machine, device):
     odd = torch.arange(100) % 2 == 1
     wanted = [row for row in range(start, start + reached) if row % 2][::-1]
     table = ItemTable(items.to(device))
-    table.remove((~odd).nonzero().flatten())
+    table.remove((~odd).nonzero().flatten().to(device))
     for found, _ in (
         walked(device, queries, items, graph, mask=odd, **walk),
         walked(device, queries, items, graph, exclude=(~odd).nonzero().T, **walk),

@@ -71,8 +71,8 @@ def explore_topk(
             yet, and 3 k / 2 in those that follow, but 32 at least.
         first: rows of the first subset, one of each of as many equal parts of the table; None: N / 50.
         temperature: of the draws; a positive number or scalar tensor. It gets no gradient.
-        seed: an integer, an int64 scalar tensor on the queries' device, a torch.Generator of that device, or None for
-            torch's default one.
+        seed: an integer, an int64 scalar tensor on the queries' device, a torch.Generator, or None for the
+            device's default one.
         streams: int64 [B], not negative, names of the users' noise. Default 0, ..., B - 1.
         queries, items, k, projection, query_mask, reduce, bias, mask, exclude, sparse_grad, backend: as in
             :func:`score_topk`. Rows that ``mask``, ``exclude`` and removals forbid are passed through, not returned.
@@ -128,10 +128,10 @@ def _widths(width: int | Sequence[int] | None, rounds: int, k: int) -> list[int]
 def _seed(seed: int | Tensor | Generator | None, device: torch.device) -> Tensor:
     """int64 scalar on the device."""
     seed = as_tensor("seed", seed)
-    if seed is None or isinstance(seed, Generator):
-        if seed is not None and seed.device.type != device.type:
-            raise ValueError(f"seed: a generator of {device} is wanted, one of {seed.device} came")
-        return torch.randint(2**63 - 1, (), generator=seed, device=device)
+    if seed is None:
+        return torch.randint(2**63 - 1, (), device=device)
+    if isinstance(seed, Generator):
+        return torch.randint(2**63 - 1, (), generator=seed, device=seed.device).to(device)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim():
             raise TypeError(f"seed: an int64 scalar is wanted, {seed.dtype} {list(seed.shape)} came")
