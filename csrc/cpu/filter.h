@@ -85,7 +85,7 @@ struct Filter {
     uint64_t x;
     std::memcpy(&x, bytes, sizeof x);
     constexpr uint64_t kLow = 0x7F7F7F7F7F7F7F7F;
-    x = (((x & kLow) + kLow) | x) & ~kLow;                               // the top bit of each byte
+    x = (((x & kLow) + kLow) | x) & ~kLow;                              // the top bit of each byte
     return static_cast<uint8_t>((x >> 7) * 0x0102040810204080u >> 56);  // byte i to bit i
   }
 
