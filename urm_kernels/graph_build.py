@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks
+from .progress import progress_of
 from .scoring import score_topk
 from .table import ItemTable
 
@@ -52,13 +52,13 @@ def _search(items: Tensor, degree: int, metric: str, levels: int, thinning: int,
     found = torch.full((rows, degree), -1, dtype=torch.int32 if rows < 2**31 else torch.int64, device=items.device)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).to(items.device)
     shares = _shares(degree, levels)
-    with _reported(progress, rows * levels) as step:
+    with progress_of("graph", rows * levels, progress) as bar:
         start = 0
         for level in range(levels):
             width = shares[level]
             members = order[: max(1, rows // thinning**level)].sort().values if rows else order
             columns = slice(start, start + width)
-            _nearest(table, bias, members, found, columns, step)
+            _nearest(table, bias, members, found, columns, bar.more)
             start += width
     return found
 
@@ -107,32 +107,6 @@ def _nearest(
 
 def _silent(_done: int, _rows: int) -> None:
     """The progress of packing, which is part of another's."""
-
-
-@contextlib.contextmanager
-def _reported(progress: Callable[[int, int], object] | None, total: int) -> Iterator[Callable[[int], object]]:
-    """Gives what is called with a number of rows more that are done."""
-    bar: Any = None
-    done = 0
-    if progress is None:
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm
-
-            bar = tqdm(total=total, desc="graph", unit="row", unit_scale=True, delay=2, leave=False, disable=None)
-
-    def step(more: int) -> None:
-        nonlocal done
-        done += more
-        if progress is not None:
-            progress(done, total)
-        elif bar is not None:
-            bar.update(more)
-
-    try:
-        yield step
-    finally:
-        if bar is not None:
-            bar.close()
 
 
 def hnswlib_links(state: dict[str, Any]) -> Tensor:
