@@ -40,3 +40,14 @@ def test_a_run_writes_rounds_and_says_what_is_missing(tmp_path, capsys, monkeypa
             assert len(walk["rows_of_rounds"]) == walk["rounds"] and 0 <= walk["agreement"] <= 1 and walk["ms"] > 0
     said = capsys.readouterr()
     assert "smollm2 is not measured" in said.err and "agreement" in said.out
+
+
+@pytest.mark.parametrize("name", ["hnsw", "ivf", "ivf/1"])
+def test_graphs_by_faiss_lead_to_near_rows(name):
+    pytest.importorskip("faiss")
+    items = torch.nn.functional.normalize(torch.randn(3000, 8))
+    _, graph = explore.graph_of(name, items)
+    ids = graph.neighbors.long()
+    assert graph.neighbors.shape == (3000, 32) and (ids != torch.arange(3000)[:, None]).all()
+    near = (items[ids.clamp(min=0)] * items[:, None]).sum(2)[ids >= 0]
+    assert near.mean() > 0.5

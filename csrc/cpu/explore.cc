@@ -17,7 +17,7 @@
 namespace urm {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 1 << 22;  // scored rows of the users that walk together
+constexpr int64_t kRowsAtOnce = 1 << 20;  // scored rows of the users that walk together
 constexpr int64_t kNoiseAtOnce = 1024;    // rows whose noise is made between two looks at the counter
 
 // Each round has noise of its own: a seed derived from the call's, in a stream that no user has.
