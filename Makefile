@@ -1,5 +1,5 @@
 # make test | test-stand-in | test-vocabularies | kernel-report | demo | docs | docs-links | docs-benchmarks | bench |
-#      bench-full | lint | format | test-sanitize | gpu-acceptance | clean
+#      bench-full | bench-explore | lint | format | test-sanitize | gpu-acceptance | clean
 # Every target but gpu-acceptance sets up what it needs: a .venv in the project, everything else through pip by name.
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*/*) CMakeLists.txt pyproject.toml
 
-.PHONY: test test-stand-in test-vocabularies kernel-report demo docs docs-links docs-benchmarks bench bench-full \
+.PHONY: test test-stand-in test-vocabularies kernel-report demo docs docs-links docs-benchmarks bench bench-full bench-explore \
   lint format test-sanitize gpu-acceptance clean
 .DELETE_ON_ERROR:
 
@@ -84,6 +84,11 @@ bench-full: $(VENV)/build.stamp $(VENV)/bench.stamp $(VENV)/vocabularies.stamp
 	files=$$($(BIN)/python -m urm_kernels.testing.vocabularies); \
 	env $$files $(BIN)/python bench/packed_grid.py $(PACKED_GRID)
 	$(BIN)/python bench/grid.py $(GRID)
+
+# URM's own sampler beside the full scan. EXPLORE="--rows 100000 --k 100 --graph cosine euclidean" compares graphs.
+bench-explore: $(VENV)/build.stamp $(VENV)/bench.stamp $(VENV)/vocabularies.stamp
+	files=$$($(BIN)/python -m urm_kernels.testing.vocabularies); \
+	env $$files $(BIN)/python bench/explore.py $(EXPLORE)
 
 docs-benchmarks: $(VENV)/build.stamp $(VENV)/bench.stamp
 	$(BIN)/python bench/render.py

@@ -1,11 +1,12 @@
 """explore_topk beside the full scan: agreement, rows scored and time after each round, as URM's paper reports them.
 
-    python3 bench/explore.py [--data KIND ...] [--rows N] [--graph hnsw|build|FILE] [--k K] [--users B] [--results PATH]
+    python3 bench/explore.py [--data KIND ...] [--rows N] [--graph NAME ...] [--k K] [--users B] [--results PATH]
 
-Writes a JSON file. "hnsw" takes the links of an index of faiss over rows of length one, which is built in minutes at a
-million rows; "build" finds exact neighbours by NeighborGraph.build, which compares every row with every other. A FILE
-was written by NeighborGraph.save. The data kind smollm2 needs the file that
-`python -m urm_kernels.testing.vocabularies` writes.
+Writes a JSON file. The graph "hnsw" takes the links of an index of faiss over rows of length one, which is built in
+minutes at a million rows; "ivf" takes nearly the nearest rows by direction, by an inverted file of faiss, in minutes
+as well. "cosine", "euclidean", "inner", with "/1" behind them for one level, are exact neighbours by
+NeighborGraph.build, which compares every row with every other; a file that NeighborGraph.save wrote is taken as well.
+The data kind smollm2 needs the file that `python -m urm_kernels.testing.vocabularies` writes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import grid  # noqa: F401  first: it takes away what would slow numpy and faiss
 import torch
 from torch import Tensor
 
-from urm_kernels import ItemTable, NeighborGraph, explore_topk, score_topk, testing
+from urm_kernels import ItemTable, NeighborGraph, explore_topk, graph_build, score_topk, testing
 from urm_kernels.bench import machine
 from urm_kernels.bench.turns import in_turns, timed
 
@@ -29,18 +29,20 @@ RESULTS = Path(__file__).parent / "results" / "explore_cpu.json"
 R, QUERIES = 64, 8
 ROUNDS = (1, 2, 3, 4, 6)
 _LINKS, _CONSTRUCTION = 16, 40  # of the HNSW index; level 0 has twice as many
+_DEGREE, _PROBED = 32, 10
 _TURNS = 7
 
 
-def graph_of(kind: str, items: Tensor) -> tuple[NeighborGraph, float]:
-    """(graph, seconds it took)."""
-    if kind == "hnsw":
-        seconds, graph = timed(lambda: _hnsw(items))
-    elif kind == "build":
-        seconds, graph = timed(lambda: NeighborGraph.build(items))
-    else:
-        seconds, graph = timed(lambda: NeighborGraph.load(kind))
-    return graph, seconds
+def graph_of(name: str, items: Tensor) -> tuple[float, NeighborGraph]:
+    """(seconds it took, graph)."""
+    metric, _, levels = name.partition("/")
+    if name == "hnsw":
+        return timed(lambda: _hnsw(items))
+    if metric == "ivf":
+        return timed(lambda: _ivf(items, int(levels or 2)))
+    if metric in graph_build.METRICS:
+        return timed(lambda: NeighborGraph.build(items, metric=metric, levels=int(levels or 2)))
+    return timed(lambda: NeighborGraph.load(name))
 
 
 def _hnsw(items: Tensor) -> NeighborGraph:
@@ -53,6 +55,32 @@ def _hnsw(items: Tensor) -> NeighborGraph:
     return NeighborGraph.from_faiss(index)
 
 
+def _ivf(items: Tensor, levels: int) -> NeighborGraph:
+    """What NeighborGraph.build finds for cosines, but for some rows that lie in lists not looked at."""
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    units = torch.nn.functional.normalize(items).numpy()
+    rows, width = units.shape
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    found = []
+    for level, share in enumerate(graph_build.shares(_DEGREE, levels)):
+        members = order[: rows // 16**level].sort().values
+        index = faiss.IndexIVFFlat(
+            faiss.IndexFlatIP(width), width, 2 * int(len(members) ** 0.5), faiss.METRIC_INNER_PRODUCT
+        )
+        index.cp.niter = 4
+        index.train(units[members])
+        index.add(units[members])
+        index.nprobe = _PROBED
+        _, near = index.search(units, share + 1)
+        near = members[torch.from_numpy(near).clamp(min=0)]
+        other = near != torch.arange(rows)[:, None]
+        other[other.all(1), -1] = False
+        found.append(near[other].view(rows, share))
+    return NeighborGraph(torch.cat(found, 1).int())
+
+
 def agreement(found: Tensor, wanted: Tensor) -> Tensor:
     """[B] shares of the wanted ids."""
     pairs = zip(found, wanted, strict=True)
@@ -62,7 +90,7 @@ def agreement(found: Tensor, wanted: Tensor) -> Tensor:
 def measure(data: str, rows: int, k: int, users: int, how: str) -> dict[str, Any]:
     items = testing.make_items(data, rows, R, seed=0)
     queries = testing.make_queries(data, users, QUERIES, R, 1, items)
-    graph, seconds = graph_of(how, items)
+    seconds, graph = graph_of(how, items)
     packed = ItemTable(items).pack()
     wanted = score_topk(queries, items, k).ids
     found: list[dict[str, Any]] = []
@@ -96,7 +124,7 @@ def measure(data: str, rows: int, k: int, users: int, how: str) -> dict[str, Any
         "M": QUERIES,
         "k": k,
         "users": users,
-        "graph": {"kind": how if how in ("hnsw", "build") else "file", "degree": graph.degree, "mean": neighbors},
+        "graph": {"kind": Path(how).stem if Path(how).exists() else how, "degree": graph.degree, "mean": neighbors},
         "graph_seconds": round(seconds, 1),
         "one_user": {name: spreads[name] for name in ("score_topk", "score_topk, packed")},
         "walks": found,
@@ -117,15 +145,15 @@ def _say(cell: dict[str, Any]) -> None:
         )
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["smollm2", "clustered"])
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--graph", default="hnsw")
+    parser.add_argument("--graph", nargs="+", default=["hnsw"])
     parser.add_argument("--k", type=int, default=1000)
     parser.add_argument("--users", type=int, default=16)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     cells = []
     for data in asked.data:
         try:
@@ -133,9 +161,10 @@ def main() -> int:
         except ValueError as missing:
             print(f"{data} is not measured: {missing}", file=sys.stderr)
             continue
-        cells.append(measure(data, asked.rows, asked.k, asked.users, asked.graph))
-        _say(cells[-1])
-    taken = {"machine": machine.machine(), "minutes": round(time.process_time() / 60, 1), "cells": cells}
+        for graph in asked.graph:
+            cells.append(measure(data, asked.rows, asked.k, asked.users, graph))
+            _say(cells[-1])
+    taken = {"machine": machine.machine(), "cells": cells}
     asked.results.write_text(json.dumps(taken, indent=1) + "\n")
     return 0
 

@@ -77,6 +77,17 @@ def test_every_machine_has_the_bits_of_the_reference(machine, device, index):
     assert_same(walked(device, *made(), **options), by_reference(*made(), **options))
 
 
+@pytest.mark.parametrize(("temperature", "scale"), [(1.0, 1.0), (3.0, 1.0), (0.01, 1.0), (1.0, 1e4), (1.0, 1e-4)])
+def test_rows_that_cannot_be_drawn_are_passed_by_without_a_trace(temperature, scale):
+    """Many rows a draw, where the CPU makes noise for few of them."""
+    items = make_items("clustered", 20_000, 16, 1)
+    queries = make_queries("clustered", 1, 4, 16, 1, items) * scale
+    graph = NeighborGraph.from_neighbors(torch.randint(20_000, (20_000, 5), dtype=torch.int32))
+    walk = {"first": 15_000, "width": [50, 400], "temperature": temperature, "k": 200}
+    found = walked(torch.device("cpu"), queries, items, graph, **walk)
+    assert_same(found, by_reference(queries, items, graph, **walk))
+
+
 @pytest.mark.parametrize("kind", ["integer", "duplicates", "equal", "giant"])
 def test_ties_and_extremes(machine, device, kind):
     queries, items, graph = made(kind)

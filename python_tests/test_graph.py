@@ -42,7 +42,7 @@ def test_levels_share_the_degree_and_repeat_no_row(levels):
     graph = NeighborGraph.build(items, 16, levels=levels, thinning=5, seed=3)
     ids = graph.neighbors
     assert (ids >= 0).all() and all(len(row.unique()) == 16 for row in ids[:200])
-    shares = graph_build._shares(16, levels)
+    shares = graph_build.shares(16, levels)
     assert sum(shares) == 16 and min(shares) >= 1
     order = torch.randperm(4000, generator=torch.Generator().manual_seed(3))
     start = 0

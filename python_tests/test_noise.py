@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_compiled_cuda import _nvrtc
 
 from urm_kernels.backends import noise
+from urm_kernels.backends.cuda import launching
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -224,3 +226,18 @@ def test_nvcc_fuses_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     made = (tmp_path / "use.ptx").read_text()
     assert "fma" not in made and "mul.rn.f64" in made and "div.rn.f64" in made
+
+
+def test_nvrtc_takes_the_noise():
+    nvrtc = _nvrtc()
+    if nvrtc is None:
+        pytest.skip("nvidia-cuda-nvrtc is not installed")
+    code = """#include "common/gumbel.h"
+    extern "C" __global__ void use(uint64_t s, float* out) { *out = urm::perturbed_score(*out, 2.0f, s, s, s); }"""
+    program = ctypes.c_void_p()
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), code.encode(), b"use.cu", 0, None, None) == 0
+    options = [*launching.options(launching.sources()), "--gpu-architecture=compute_80"]
+    result = nvrtc.nvrtcCompileProgram(
+        program, len(options), (ctypes.c_char_p * len(options))(*map(str.encode, options))
+    )
+    assert result == 0

@@ -86,7 +86,8 @@ def explore_topk(
         TypeError, ValueError: with the argument's name, what came and what was wanted.
         MemoryError, torch.OutOfMemoryError: what is scored does not fit.
 
-    Memory beyond the result: some 40 bytes a row scored, on the CPU for a few users at a time.
+    Memory beyond the result: some 60 bytes a row scored on the CPU, 100 on a GPU; of larger batches some users walk at
+    a time, who score about a million rows together, or four million on a GPU.
     """
     table, queries, query_mask = checked_scoring(queries, items, projection, query_mask, reduce, bias)
     users, rows = queries.shape[0], table.items.shape[0]

@@ -51,11 +51,11 @@ def _search(items: Tensor, degree: int, metric: str, levels: int, thinning: int,
     table, bias = _compared(items, metric)
     found = torch.full((rows, degree), -1, dtype=torch.int32 if rows < 2**31 else torch.int64, device=items.device)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).to(items.device)
-    shares = _shares(degree, levels)
+    widths = shares(degree, levels)
     with progress_of("graph", rows * levels, progress) as bar:
         start = 0
         for level in range(levels):
-            width = shares[level]
+            width = widths[level]
             members = order[: max(1, rows // thinning**level)].sort().values if rows else order
             columns = slice(start, start + width)
             _nearest(table, bias, members, found, columns, bar.more)
@@ -63,14 +63,14 @@ def _search(items: Tensor, degree: int, metric: str, levels: int, thinning: int,
     return found
 
 
-def _shares(degree: int, levels: int) -> list[int]:
+def shares(degree: int, levels: int) -> list[int]:
     """How many neighbours come from each level: three quarters from the first, three quarters of the rest from the
     next, what remains from the last; one at least."""
-    shares = []
+    found = []
     for level in range(levels - 1, 0, -1):
-        shares.append(max(1, min(3 * degree // 4, degree - level)))
-        degree -= shares[-1]
-    return [*shares, degree]
+        found.append(max(1, min(3 * degree // 4, degree - level)))
+        degree -= found[-1]
+    return [*found, degree]
 
 
 def _compared(items: Tensor, metric: str) -> tuple[Tensor, Tensor | None]:

@@ -88,18 +88,25 @@ URM_HOST_DEVICE double gumbel_of(double v) {
   return plain_sum(0.0, -canonical_log64(-canonical_log1p_minus(v)));
 }
 
+URM_HOST_DEVICE float noise_of_bits(uint64_t bits) {
+  return static_cast<float>(gumbel_of(open_uniform(bits)));
+}
+
 URM_HOST_DEVICE float gumbel_noise(uint64_t seed, uint64_t stream, uint64_t row) {
-  return static_cast<float>(gumbel_of(open_uniform(random_bits(seed, stream, row))));
+  return noise_of_bits(random_bits(seed, stream, row));
+}
+
+URM_HOST_DEVICE float scaled_score(float score, float temperature) {
+#if defined(__CUDA_ARCH__)
+  return __fdiv_rn(score, temperature);
+#else
+  return score / temperature;
+#endif
 }
 
 // score / temperature + noise, one rounding each; a zero is +0.
 URM_HOST_DEVICE float perturbed_score(float score, float temperature, uint64_t seed, uint64_t stream, uint64_t row) {
-#if defined(__CUDA_ARCH__)
-  const float scaled = __fdiv_rn(score, temperature);
-#else
-  const float scaled = score / temperature;
-#endif
-  return scaled + gumbel_noise(seed, stream, row) + 0.0f;
+  return scaled_score(score, temperature) + gumbel_noise(seed, stream, row) + 0.0f;
 }
 
 }  // namespace urm

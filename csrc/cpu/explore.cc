@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <functional>
 #include <limits>
 #include <vector>
@@ -16,7 +17,7 @@
 namespace urm {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 1 << 22;  // scored rows of the users that walk together
+constexpr int64_t kRowsAtOnce = 1 << 20;  // scored rows of the users that walk together
 constexpr int64_t kNoiseAtOnce = 1024;    // rows whose noise is made between two looks at the counter
 
 // Each round has noise of its own: a seed derived from the call's, in a stream that no user has.
@@ -32,6 +33,13 @@ int64_t row_of_part(uint64_t seed, uint64_t stream, int64_t part, int64_t count,
                               ((random_bits(seed, stream, static_cast<uint64_t>(part)) >> 33) * (end - begin) >> 31));
 }
 
+// Whether scaled + noise is certainly below `least`, seen without a logarithm: noise is at most -log(v), v is at least
+// the first word's share of 2^32, and two thousandths are more than all roundings where numbers are below 2^10.
+bool stays_below(float scaled, uint64_t bits, float least) {
+  if (!(std::fabs(scaled) < 1024.0f && std::fabs(least) < 1024.0f)) return false;
+  return static_cast<float>(bits >> 32) * 0x1p-32f > 1.002f * std::exp(scaled - least);
+}
+
 // What a user has scored. Vectors have room before threads write to them.
 struct Walk {
   std::vector<uint32_t> rows;  // without those whose score is NaN
@@ -41,6 +49,7 @@ struct Walk {
   std::vector<uint64_t> chosen;
   std::vector<int64_t> fresh;  // to be scored
   RowSet seen;
+  float least = 0;  // that a key of this round must reach
 };
 
 class Explorer {
@@ -104,11 +113,12 @@ class Explorer {
   // Draws good rows and takes their neighbours.
   void go_on(int64_t round) {
     const int64_t width = request_.widths[round - 1];
-    make_keys(seed_of_round(request_.seed, round));
+    const uint64_t seed = seed_of_round(request_.seed, round);
+    bound_keys(seed, width);
+    make_keys(seed);
     for (Walk& walk : walks_) {
       const int64_t known = static_cast<int64_t>(walk.rows.size()), drawn = std::min(width, known);
       const int64_t more = most_neighbors(drawn);
-      walk.chosen.reserve(known);
       walk.seen.reserve_more(more);
       walk.fresh.clear();
       walk.fresh.reserve(more);
@@ -124,6 +134,26 @@ class Explorer {
     return request_.degree && drawn > rows / request_.degree ? rows : drawn * request_.degree;
   }
 
+  // What each user's last drawn row has at least: the least of the rows that scores alone would draw.
+  void bound_keys(uint64_t seed, int64_t width) {
+    for (Walk& walk : walks_) walk.chosen.reserve(walk.rows.size());
+    each(users_, [&](int64_t user) {
+      Walk& walk = walks_[user];
+      walk.least = -std::numeric_limits<float>::infinity();
+      walk.chosen.clear();
+      for (std::size_t i = 0; i < walk.rows.size(); ++i)
+        if (!walk.followed[i]) walk.chosen.push_back(pack_key(walk.scores[i], walk.rows[i]));
+      if (width <= 0 || static_cast<int64_t>(walk.chosen.size()) <= width) return;
+      std::nth_element(walk.chosen.begin(), walk.chosen.begin() + (width - 1), walk.chosen.end(),
+                       std::greater<uint64_t>());
+      float least = std::numeric_limits<float>::infinity();
+      for (int64_t i = 0; i < width; ++i)
+        least = std::min(least, perturbed_score(key_score(walk.chosen[i]), request_.temperature, seed, stream(user),
+                                                key_row(walk.chosen[i])));
+      walk.least = least;
+    });
+  }
+
   void make_keys(uint64_t seed) {
     std::vector<int64_t> starts(1, 0);  // of the users' tasks
     for (Walk& walk : walks_) {
@@ -135,12 +165,14 @@ class Explorer {
       Walk& walk = walks_[user];
       const int64_t first = (task - starts[user]) * kNoiseAtOnce;
       const int64_t last = std::min<int64_t>(first + kNoiseAtOnce, static_cast<int64_t>(walk.rows.size()));
-      for (int64_t i = first; i < last; ++i)
-        walk.keys[i] =
-            walk.followed[i]
-                ? kNoKey
-                : pack_key(perturbed_score(walk.scores[i], request_.temperature, seed, stream(user), walk.rows[i]),
-                           walk.rows[i]);
+      for (int64_t i = first; i < last; ++i) {
+        walk.keys[i] = kNoKey;
+        if (walk.followed[i]) continue;
+        const float scaled = scaled_score(walk.scores[i], request_.temperature);
+        const uint64_t bits = random_bits(seed, stream(user), walk.rows[i]);
+        if (!stays_below(scaled, bits, walk.least))
+          walk.keys[i] = pack_key(scaled + noise_of_bits(bits) + 0.0f, walk.rows[i]);
+      }
     });
   }
 

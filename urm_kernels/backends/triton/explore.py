@@ -18,7 +18,7 @@ from .canonical import NO_KEY, block_of, pack_keys
 from .noise import gumbel_noise, seed_of_round
 
 _BLOCK = 256
-_ROWS_AT_ONCE = 1 << 24  # scored rows of the users that walk together
+_ROWS_AT_ONCE = 1 << 22  # scored rows of the users that walk together
 
 
 @triton.jit(do_not_specialize=["count", "number"])
