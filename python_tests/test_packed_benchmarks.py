@@ -14,10 +14,12 @@ from urm_kernels.bench.cells import make_queries, make_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import bars
+import blocks
 import fast_scan
 import grid
 import packed_cells
 import packed_grid
+import recall
 import render
 from packed_cells import PackedTable, code_bytes
 
@@ -146,3 +148,23 @@ def test_sections_and_figures_of_a_synthetic_machine(tmp_path):
     pytest.importorskip("matplotlib")
     render.main(["--results", str(tmp_path), "--docs", str(tmp_path / "docs")])
     assert (tmp_path / "docs" / "figures" / "bench_packed_grid_cpu.png").stat().st_size > 1000
+
+
+def test_blocks_are_measured_beside_a_table_without_them(tmp_path, capsys):
+    arguments = ["--rows", "20000", "--r", "16", "--kinds", "clustered", "--shapes", "1x2", "--k", "5", "--masks"]
+    assert blocks.main([*arguments, "--results", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["cells"]
+    assert [set(cell["ms"]) for cell in found] == [{"without", "blocks", "torch"}, {"all", "blocks", "rows"}]
+    assert 0 < found[0]["read"] <= 1 and "of the blocks read" in capsys.readouterr().out
+
+
+def test_a_result_that_blocks_changed_is_not_timed(monkeypatch):
+    monkeypatch.setattr(blocks, "same", lambda one, other: False)
+    with pytest.raises(SystemExit, match="changed a result"):
+        blocks.main(["--rows", "3000", "--r", "8", "--kinds", "iid", "--shapes", "1x1", "--k", "3"])
+
+
+def test_recall_is_measured_beside_exact_calls(capsys):
+    arguments = ["--rows", "70000", "--r", "64", "--users", "2", "--kinds", "iid", "--k", "5"]
+    assert recall.main(arguments) == 0
+    assert "int2 .99" in capsys.readouterr().out
