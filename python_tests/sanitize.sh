@@ -20,8 +20,8 @@ rm -f "$build"/package/urm_kernels/_c*.so
 cp "$build"/_cpu*.so "$build/package/urm_kernels/"
 
 left_out=reference
-files="bits values shapes gradients concurrency bounds candidates partition partition_gradients table_updates update_log"
-files="$files codes code_attacks packed packed_changes"
+files="bits values shapes gradients concurrency bounds candidates explore partition partition_gradients"
+files="$files table_updates update_log codes code_attacks packed packed_changes"
 marked="not slow"
 case $kind in
 address)
