@@ -145,7 +145,7 @@ class PackableTable(nn.Module):
 
     def _code_sources(self) -> tuple[Tensor | None, ...]:
         """What codes are made from, a bias that lies in their order included."""
-        return (*self._coded(), None if self.__dict__.get("_buffers", {}).get("code_bias") is None else self.bias)
+        return (*self._coded(), None if self.code_bias is None else self.bias)
 
     def _hold_codes(self, codes: Codes | None) -> None:
         if (before := self.__dict__.get("_codes_from")) is not None:

@@ -31,7 +31,7 @@ double multiply_adds(const Group& group, int64_t rows) {
 // Codes of cells, as those of a table of their own.
 Codes codes_of_cells(const Codes& codes) {
   Codes out;
-  out.bits = codes.cells.bits;
+  out.bits = kCellBits;
   out.blocks = codes.cells.blocks;
   out.count = (codes.cells.count + kBlockRows - 1) / kBlockRows;
   out.rotation = codes.rotation;
@@ -94,11 +94,10 @@ class CellBounder {
     const int64_t quads = quads_of(r), at = queries_.first_group[user] * kLanes;
     const int64_t stride = step_ * block_bytes(r, codes_.bits);
     const char* codes = codes_.blocks + first * stride;
-    const auto largest = codes_.bits == 4 ? request.kernels->codes->largest4 : request.kernels->codes->largest8;
     const int64_t more = step_ == 1 ? std::min(kStretchBlocks, blocks_ - last) : 0;
-    largest(codes, stride, last - first, quads, queries_.codes.data() + at * quads * kQuad, queries_.starts.data() + at,
-            queries, Ahead{codes_.blocks + last * stride, user ? 0 : more * stride / kCacheLine},
-            work.largest_sums.data());
+    const Ahead ahead{codes_.blocks + last * stride, user ? 0 : more * stride / kCacheLine};
+    request.kernels->codes->largest4(codes, stride, last - first, quads, queries_.codes.data() + at * quads * kQuad,
+                                     queries_.starts.data() + at, queries, ahead, work.largest_sums.data());
     float relative = 0, offset = 0;
     if (request.reduce == Reduce::kLogSumExp) log_sum_exp_excess(queries, &relative, &offset);
     const float least = best ? best->threshold(slot, user) : kNothing;
@@ -112,8 +111,8 @@ class CellBounder {
       bound = cell_at(i) < cells_.count ? std::max(bound, std::numeric_limits<float>::lowest()) : kNothing;
       out[i * group_.users + user] = bound;
     }
-    for (int64_t b = 0; b < last - first; ++b)
-      for (uint32_t left = best || filtered_ ? (filtered_ ? ~uint32_t{0} : reach[b]) : 0; left; left &= left - 1) {
+    for (int64_t b = 0; b < last - first && (best || filtered_); ++b)
+      for (uint32_t left = filtered_ ? ~uint32_t{0} : reach[b]; left; left &= left - 1) {
         const int64_t i = begin + b * kBlockRows + __builtin_ctz(left);
         if (i >= end) break;
         float& bound = out[i * group_.users + user];

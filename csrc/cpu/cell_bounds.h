@@ -22,20 +22,21 @@ AlignedVector<float> bounds_of_cells(Group& group, std::vector<Workspace>& work)
 template <class Results>
 class CellScanner {
  public:
-  CellScanner(const Group& group, CodeScanner<Results>& scanner, Results& results, int slot)
-      : group_(group), scanner_(scanner), results_(results), slot_(slot), wanted_(group.users), next_(group.users) {}
+  CellScanner(const Group& group, Workspace& work, CodeScanner<Results>& scanner, Results& results, int slot)
+      : group_(group), work_(work), scanner_(scanner), results_(results), slot_(slot) {}
 
   const ScanCounts& counts() const { return counts_; }
 
   // Blocks [begin, end). bounds(cell) are those of its users.
   template <class Bounds>
   void scan(int64_t begin, int64_t end, Bounds bounds) {
-    uint32_t some = want(begin, end, bounds, wanted_.data());
+    uint32_t some = want(begin, end, bounds, work_.wanted.data());
     for (int64_t block = begin; block < end; block += kStretchBlocks) {
       const int64_t next = block + kStretchBlocks;
-      const uint32_t then = next < end ? want(next, end, bounds, next_.data()) : 0;
-      if (some) scanner_.scan_wanted(block, std::min(kStretchBlocks, end - block), wanted_.data(), run_of(next, then));
-      wanted_.swap(next_);
+      const uint32_t then = next < end ? want(next, end, bounds, work_.next_wanted.data()) : 0;
+      const int64_t blocks = std::min(kStretchBlocks, end - block);
+      if (some) scanner_.scan_wanted(block, blocks, work_.wanted.data(), run_of(next, then));
+      work_.wanted.swap(work_.next_wanted);
       some = then;
     }
   }
@@ -72,10 +73,10 @@ class CellScanner {
   }
 
   const Group& group_;
+  Workspace& work_;
   CodeScanner<Results>& scanner_;
   Results& results_;
   const int slot_;
-  AlignedVector<uint32_t> wanted_, next_;
   ScanCounts counts_;
 };
 

@@ -10,11 +10,12 @@ namespace urm {
 
 // Cells: runs of rows that are alike, in the order of their codes, and for each a code that stands for all of its rows
 // (docs/design.md). These codes lie as a table's own.
+constexpr int kCellBits = 4;
+
 struct Cells {
   int64_t rows = 0;  // of a cell, whole blocks; 0 where there are none
   int64_t count = 0;
-  int bits = 4;
-  const char* blocks = nullptr;  // [count / 32, rounded up]
+  const char* blocks = nullptr;  // [count / 32, rounded up], of kCellBits
   float lost_reference = 0, norm_reference = 0;
   const float* bias = nullptr;  // [count], the largest of a cell's rows; or null
 };

@@ -101,7 +101,7 @@ void Scanner<Results>::scan_cells(int64_t begin, int64_t end) {
     row = row / kBlockRows * kBlockRows;
     scan_rows(row, row + kBlockRows), row += kBlockRows;
   }
-  CellScanner<Results> scanner(group_, codes_, results_, slot_);
+  CellScanner<Results> scanner(group_, work_, codes_, results_, slot_);
   scanner.scan(begin * rows / kBlockRows, end * rows / kBlockRows,
                [&](int64_t cell) { return group_.cell_bounds.data() + cell * group_.users; });
   group_.count(scanner.counts());

@@ -11,14 +11,23 @@
 #include "workspace.h"
 
 namespace urm {
+namespace {
 
-bool upper_bounds(const QueriesView& queries, const MatrixView& items, const Kernels& kernels, float* out) {
-  const DefaultFloatEnvironment environment;
+ScanRequest bounded(const QueriesView& queries, const MatrixView& items, const Codes& codes, const Kernels& kernels) {
   ScanRequest request;
   request.queries = queries;
   request.items = items;
   request.kernels = &kernels;
+  request.codes = codes;
   request.scan = ScanMode::kBounded;
+  return request;
+}
+
+}  // namespace
+
+bool upper_bounds(const QueriesView& queries, const MatrixView& items, const Kernels& kernels, float* out) {
+  const DefaultFloatEnvironment environment;
+  const ScanRequest request = bounded(queries, items, {}, kernels);
   const int64_t padded = padded_columns(queries), n = items.rows;
   Group group(request, 0, queries.users, padded);
   if (!group.bounds.score) return false;
@@ -45,12 +54,7 @@ bool upper_bounds(const QueriesView& queries, const MatrixView& items, const Ker
 bool code_bounds(const QueriesView& queries, const MatrixView& items, const Codes& codes, const Kernels& kernels,
                  bool of_queries, float* out) {
   const DefaultFloatEnvironment environment;
-  ScanRequest request;
-  request.queries = queries;
-  request.items = items;
-  request.kernels = &kernels;
-  request.codes = codes;
-  request.scan = ScanMode::kBounded;
+  const ScanRequest request = bounded(queries, items, codes, kernels);
   Group group(request, 0, queries.users, padded_columns(queries));
   if (group.query_codes.empty()) return false;
   Workspace work(group);
@@ -78,12 +82,7 @@ bool code_bounds(const QueriesView& queries, const MatrixView& items, const Code
 bool cell_bounds(const QueriesView& queries, const MatrixView& items, const Codes& codes, const Kernels& kernels,
                  float* out) {
   const DefaultFloatEnvironment environment;
-  ScanRequest request;
-  request.queries = queries;
-  request.items = items;
-  request.kernels = &kernels;
-  request.codes = codes;
-  request.scan = ScanMode::kBounded;
+  const ScanRequest request = bounded(queries, items, codes, kernels);
   Group group(request, 0, queries.users, padded_columns(queries));
   if (group.query_codes.empty()) return false;
   std::vector<Workspace> work = workspaces(group);

@@ -95,6 +95,7 @@ Workspace::Workspace(const Group& group) {
     row_codes.resize(quads_of(group.request.items.columns) * kQuad);
     survivors.reserve(kSurvivors);
     waiting.reserve(kSurvivors);
+    if (group.request.codes.cells.count) wanted.resize(group.users), next_wanted.resize(group.users);
   }
   row_scale.resize(bias.size());
   row.resize(group.padded);

@@ -27,6 +27,7 @@ struct Workspace {
   AlignedVector<float> row_bounds{};
   AlignedVector<uint8_t> row_codes{};
   AlignedVector<Survivor> survivors{}, waiting{};
+  AlignedVector<uint32_t> wanted{}, next_wanted{};  // [users], blocks of a stretch; of tables with cells
 
   explicit Workspace(const Group& group);
 };
