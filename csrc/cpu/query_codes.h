@@ -8,10 +8,10 @@
 
 namespace urm {
 
-// Cells: runs of rows that are alike, in the order of their codes, and for each a code that stands for all of its rows
-// (docs/design.md). These codes lie as a table's own.
 constexpr int kCellBits = 4;
 
+// Cells: runs of rows that are alike, in the order of their codes, and for each a code that stands for all of its rows
+// (docs/design.md). These codes lie as a table's own.
 struct Cells {
   int64_t rows = 0;  // of a cell, whole blocks; 0 where there are none
   int64_t count = 0;
