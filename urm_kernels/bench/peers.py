@@ -138,22 +138,33 @@ def faiss_search(index: Any, queries: Tensor, k: int, reduce: str) -> Result:
     Exact for max over M: a row of the user's top k has its score from the query that wins there, and is among the k
     best of that query, since whatever beats it there beats it for the user too.
     """
+    users, _, r = queries.shape
+    k = min(k, index.ntotal)
+    return merged(*index.search(queries.reshape(-1, r).numpy(), k), users, k)
+
+
+def merged(scores: Any, ids: Any, users: int, k: int) -> Result:
+    """The k best of each user, from the (scores, ids) that numpy arrays hold for each of its queries.
+
+    A row that several queries found counts once, with its best score; -inf and -1 where there are fewer than k, as in
+    the pads, ids below 0, that came.
+    """
     import numpy
 
-    users, count, r = queries.shape
-    k = min(k, index.ntotal)
-    scores, ids = index.search(queries.reshape(-1, r).numpy(), k)
     scores, ids = scores.reshape(users, -1), ids.reshape(users, -1)
-    if count == 1:
-        return torch.from_numpy(scores), torch.from_numpy(ids)
-    merged_scores = numpy.empty((users, k), numpy.float32)
-    merged_ids = numpy.empty((users, k), numpy.int64)
-    for user in range(users):
-        order = numpy.argsort(-scores[user], kind="stable")
-        _, first = numpy.unique(ids[user][order], return_index=True)
-        kept = order[numpy.sort(first)[:k]]
-        merged_scores[user], merged_ids[user] = scores[user][kept], ids[user][kept]
-    return torch.from_numpy(merged_scores), torch.from_numpy(merged_ids)
+    order = numpy.argsort(-scores, axis=1, kind="stable")
+    scores, ids = numpy.take_along_axis(scores, order, 1), numpy.take_along_axis(ids, order, 1)
+    by_id = numpy.argsort(ids, axis=1, kind="stable")  # of a row's places the best one first
+    sorted_ids = numpy.take_along_axis(ids, by_id, 1)
+    again = sorted_ids < 0
+    again[:, 1:] |= sorted_ids[:, 1:] == sorted_ids[:, :-1]
+    left_out = numpy.empty_like(again)
+    numpy.put_along_axis(left_out, by_id, again, 1)
+    kept = numpy.argsort(left_out, axis=1, kind="stable")[:, :k]
+    missing = numpy.take_along_axis(left_out, kept, 1)
+    scores = numpy.where(missing, -numpy.inf, numpy.take_along_axis(scores, kept, 1))
+    ids = numpy.where(missing, -1, numpy.take_along_axis(ids, kept, 1))
+    return torch.from_numpy(scores), torch.from_numpy(ids)
 
 
 def _jax(items: Tensor) -> Any:
