@@ -1,5 +1,5 @@
 # make test | test-stand-in | test-vocabularies | kernel-report | demo | docs | docs-links | docs-benchmarks | bench |
-#      bench-full | bench-explore | lint | format | test-sanitize | gpu-acceptance | clean
+#      bench-full | bench-explore | bench-peers | lint | format | test-sanitize | gpu-acceptance | clean
 # Every target but gpu-acceptance sets up what it needs: a .venv in the project, everything else through pip by name.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*/*) CMakeLists.txt pyproject.toml
 
 .PHONY: test test-stand-in test-vocabularies kernel-report demo docs docs-links docs-benchmarks bench bench-full bench-explore \
-  lint format test-sanitize gpu-acceptance clean
+  bench-peers lint format test-sanitize gpu-acceptance clean
 .DELETE_ON_ERROR:
 
 $(VENV)/test.stamp: requirements/test.txt
@@ -89,6 +89,11 @@ bench-full: $(VENV)/build.stamp $(VENV)/bench.stamp $(VENV)/vocabularies.stamp
 bench-explore: $(VENV)/build.stamp $(VENV)/bench.stamp $(VENV)/vocabularies.stamp
 	files=$$($(BIN)/python -m urm_kernels.testing.vocabularies); \
 	env $$files $(BIN)/python bench/explore.py $(EXPLORE)
+
+# Approximate peers at equal recall, half an hour of building indexes first. PEERS="--data clustered --only ScaNN".
+bench-peers: $(VENV)/build.stamp $(VENV)/bench.stamp $(VENV)/peers.stamp $(VENV)/vocabularies.stamp
+	files=$$($(BIN)/python -m urm_kernels.testing.vocabularies); \
+	env $$files $(BIN)/python bench/peers.py $(PEERS)
 
 docs-benchmarks: $(VENV)/build.stamp $(VENV)/bench.stamp
 	$(BIN)/python bench/render.py

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -27,12 +26,12 @@ import explore  # first: it takes away what would slow numpy and faiss
 import torch
 from approximate_peers import PEERS, ApproximatePeer, Search, Setting
 from torch import Tensor
-from tqdm import tqdm
 
 from urm_kernels import ItemTable, score_topk, testing
 from urm_kernels.bench import machine
 from urm_kernels.bench.peers import SkipError
 from urm_kernels.bench.turns import PAUSE, Spread, timed
+from urm_kernels.progress import progress_of
 
 _ROOT = Path(__file__).parents[1]
 RESULTS = _ROOT / "bench" / "results" / "peers_cpu.json"
@@ -124,12 +123,14 @@ def in_bursts(ways: Sequence[Way], batches: Sequence[Tensor], k: int) -> list[Sp
     as its own calls keep it. The first batch of a turn meets the other ways' data in the caches and is not counted.
     """
     seconds: list[list[float]] = [[] for _ in ways]
-    for _ in range(_TURNS):
-        for way, taken in zip(tqdm(ways, "timed", delay=2, leave=False, disable=None), seconds, strict=True):
-            search: Search = way.at()
-            time.sleep(PAUSE)
-            search(batches[0], k)
-            taken += [timed(lambda q=queries, s=search: s(q, k))[0] for queries in batches[1:]]
+    with progress_of("timed", _TURNS * len(ways), None, unit="setting") as progress:
+        for _ in range(_TURNS):
+            for way, taken in zip(ways, seconds, strict=True):
+                search: Search = way.at()
+                time.sleep(PAUSE)
+                search(batches[0], k)
+                taken += [timed(lambda q=queries, s=search: s(q, k))[0] for queries in batches[1:]]
+                progress.more(1)
     return [Spread.of(taken) for taken in seconds]
 
 
@@ -145,16 +146,17 @@ def measured(data: str, rows: int, k: int, peers: Sequence[ApproximatePeer], fol
             left_out[peer.name] = str(reason)
     ours = our_tables(items)
     for each in ours:
-        held = sum(each.table.memory().values())
-        builds[each.name] = {"build_s": each.build_s, "bytes_a_row": round(held / rows, 1)}
+        builds[each.name] = {"build_s": each.build_s, "bytes_a_row": round(each.table.memory()["total"] / rows, 1)}
     ways: dict[int, list[Way]] = {}
     asked = {}
     for count in sorted({count for _, count in SHAPES}):
         queries = asked[count] = testing.make_queries(data, _USERS, count, R, 1, items)
         wanted = score_topk(queries, items, k)
         ways[count] = [each.way(queries, k, wanted) for each in ours]
-        for peer, index in tqdm(indexes, f"recall, M = {count}", delay=2, leave=False, disable=None):
-            ways[count] += swept(peer, index, queries, k, wanted.ids)
+        with progress_of(f"recall, M = {count}", len(indexes), None, unit="peer") as progress:
+            for peer, index in indexes:
+                ways[count] += swept(peer, index, queries, k, wanted.ids)
+                progress.more(1)
     cells = []
     for users, count in SHAPES:
         batches = asked[count].split(users)[: _BATCHES[users]]

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import render_cpu
 import render_gpu
 import render_packed
+import render_peers
 
-from urm_kernels.bench.plot import Panel, draw
+from urm_kernels.bench.plot import draw
 
 _ROOT = Path(__file__).parents[1]
 PAGE = "benchmarks.md"
@@ -52,7 +53,7 @@ the contract: B users, M queries a user, r factor width, N items, k results.
 
 class Page(NamedTuple):
     text: str
-    figures: dict[str, tuple[list[Panel], str]]  # panels and title by file name
+    figures: render_cpu.Figures  # panels and title by file name
 
 
 def page(results: Path) -> Page:
@@ -62,6 +63,7 @@ def page(results: Path) -> Page:
         ("tables_cpu.json", render_cpu.bars_only),
         ("packed_cpu.json", render_packed.latency),
         ("packed_grid_cpu.json", render_packed.grid),
+        ("peers_cpu.json", render_peers.recall),
         ("grid_cpu.json", render_cpu.grid),
         ("gpu_acceptance_nvidia_h200.json", render_gpu.latency),
     ):
@@ -86,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (options.docs / PAGE).write_text(text)
     try:
         for name, (panels, title) in figures.items():
-            draw(panels, options.docs / "figures" / name, title, columns=2 if len(panels) == 4 else 3)
+            draw(panels, options.docs / "figures" / name, title, columns=2 if len(panels) in (4, 8) else 3)
     except ModuleNotFoundError as error:
         raise SystemExit(f"error: the figures need {error.name}: pip install -r requirements/bench.txt") from error
     print(f"{PAGE} and {', '.join(figures) or 'no figures'}")

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from urm_kernels.bench.cells import DTYPES, short
-from urm_kernels.bench.plot import Panel, floors
+from urm_kernels.bench.plot import Panel, RecallPanel, floors
 
-Figures = dict[str, tuple[list[Panel], str]]
+Figures = dict[str, tuple[Sequence[Panel | RecallPanel], str]]
 
 _SCAN = re.compile(r"(fp32|bf16) r=(\d+) B=(\d+) M=(\d+) k=(\d+)")
 

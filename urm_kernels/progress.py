@@ -22,13 +22,15 @@ class Progress:
 
 
 @contextlib.contextmanager
-def progress_of(what: str, rows: int, report: Callable[[int, int], object] | None) -> Iterator[Progress]:
+def progress_of(
+    what: str, rows: int, report: Callable[[int, int], object] | None, unit: str = "row"
+) -> Iterator[Progress]:
     bar = None
     if report is None:
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
 
-            bar = tqdm(total=rows, desc=what, unit="row", unit_scale=True, delay=2, leave=False, disable=None)
+            bar = tqdm(total=rows, desc=what, unit=unit, unit_scale=True, delay=2, leave=False, disable=None)
     try:
         yield Progress(rows, report, bar)
     finally:
