@@ -140,7 +140,8 @@ def faiss_search(index: Any, queries: Tensor, k: int, reduce: str) -> Result:
     """
     users, _, r = queries.shape
     k = min(k, index.ntotal)
-    return merged(*index.search(queries.reshape(-1, r).numpy(), k), users, k)
+    scores, ids = index.search(queries.reshape(-1, r).numpy(), k)
+    return merged(scores, ids, users, k)
 
 
 def merged(scores: Any, ids: Any, users: int, k: int) -> Result:
