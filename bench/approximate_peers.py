@@ -71,14 +71,20 @@ def _faiss() -> Any:
 
 
 def _faiss_index(recipe: str, rows: Tensor) -> Any:
-    """recipe: as faiss.index_factory takes it."""
+    """recipe: as faiss.index_factory takes it, but for the number of lists and r."""
     faiss = _faiss()
+    recipe = recipe.format(lists=min(2048, len(rows) // 16), r=rows.shape[1])
     index = faiss.index_factory(rows.shape[1], recipe, faiss.METRIC_INNER_PRODUCT)
-    if recipe.startswith("IVF"):
-        # By inner product the longest centroids would take nearly all rows.
-        faiss.extract_index_ivf(index).cp.spherical = True
+    if inverted := faiss.try_extract_index_ivf(index):
+        # A row goes to the list of the nearest centroid, and a query looks where its product with the centroid is
+        # largest. By products alone, faiss's own way, rows and queries see directions only, and long rows are missed.
+        by_product, inverted.quantizer = inverted.quantizer, faiss.IndexFlatL2(rows.shape[1])
+        inverted.cp.spherical = False
     index.train(rows.numpy())
     index.add(rows.numpy())
+    if inverted:
+        by_product.add(inverted.quantizer.reconstruct_n())
+        inverted.quantizer = by_product
     return index
 
 
@@ -162,15 +168,21 @@ def _hnswlib_at(index: Any, setting: Setting) -> Search:
 # ScaNN
 
 
-def _scann_index(rows: Tensor) -> Any:
+def _scann() -> Any:
     try:
         from scann import scann_ops_pybind
     except ImportError as error:
         raise SkipError(f"scann is not installed ({error})") from error
+    return scann_ops_pybind
+
+
+def _scann_index(rows: Tensor, **spilling: float) -> Any:
+    leaves = min(1000, len(rows) // 16)
     return (
-        scann_ops_pybind.builder(rows.numpy(), 100, "dot_product")
+        _scann()
+        .builder(rows.numpy(), 100, "dot_product")
         .set_n_training_threads(torch.get_num_threads())
-        .tree(num_leaves=1000, num_leaves_to_search=50, training_sample_size=250_000)
+        .tree(num_leaves=leaves, num_leaves_to_search=50, training_sample_size=250_000, **spilling)
         .score_ah(2, anisotropic_quantization_threshold=0.2)
         .reorder(1000)
         .build()
@@ -182,11 +194,7 @@ def _scann_save(index: Any, folder: Path) -> None:
 
 
 def _scann_load(folder: Path, rows: Tensor) -> Any:
-    try:
-        from scann import scann_ops_pybind
-    except ImportError as error:
-        raise SkipError(f"scann is not installed ({error})") from error
-    return scann_ops_pybind.load_searcher(str(folder))
+    return _scann().load_searcher(str(folder))
 
 
 def _scann_at(index: Any, setting: Setting) -> Search:
@@ -197,6 +205,13 @@ def _scann_at(index: Any, setting: Setting) -> Search:
 
     index.set_num_threads(torch.get_num_threads())
     return _by_query(find)
+
+
+def _of_scann(name: str, **spilling: float) -> ApproximatePeer:
+    settings = each(reorder=(300, 1000, 3000), leaves=(8, 16, 32, 64, 128, 256, 512))
+    return ApproximatePeer(
+        name, lambda rows: _scann_index(rows, **spilling), _scann_save, _scann_load, _scann_at, settings
+    )
 
 
 # URM's own sampler
@@ -220,16 +235,15 @@ def _walk_at(index: tuple[NeighborGraph, Tensor], setting: Setting) -> Search:
     return lambda queries, k: explore_topk(queries, rows, graph, k, seed=1, **setting)
 
 
-_LISTS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_LISTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 _EF = (128, 256, 512, 1024, 2048)
 PEERS = (
-    _of_faiss("IVFFlat", "IVF2048,Flat", each(nprobe=_LISTS)),
-    _of_faiss("IVFPQFastScan + refine", "IVF2048,PQ64x4fs,RFlat", each(k_factor_rf=(2, 5, 10), nprobe=_LISTS)),
-    _of_faiss("PQFastScan + refine", "PQ64x4fs,RFlat", each(k_factor_rf=(2, 4, 8, 16, 32, 64))),
+    _of_faiss("IVFFlat", "IVF{lists},Flat", each(nprobe=_LISTS)),
+    _of_faiss("IVFPQFastScan + refine", "IVF{lists},PQ{r}x4fs,RFlat", each(k_factor_rf=(2, 5, 10), nprobe=_LISTS)),
+    _of_faiss("PQFastScan + refine", "PQ{r}x4fs,RFlat", each(k_factor_rf=(2, 4, 8, 16, 32, 64))),
     _of_faiss("HNSW", "HNSW16", each(efSearch=_EF)),
     ApproximatePeer("hnswlib", _hnswlib_index, _hnswlib_save, _hnswlib_load, _hnswlib_at, each(ef=_EF)),
-    ApproximatePeer(
-        "ScaNN", _scann_index, _scann_save, _scann_load, _scann_at, each(reorder=(300, 1000, 3000), leaves=_LISTS[:-1])
-    ),
+    _of_scann("ScaNN"),
+    _of_scann("ScaNN, rows in two leaves", soar_lambda=1.5, overretrieve_factor=2.0),
     ApproximatePeer("explore_topk", _walk_index, _walk_save, _walk_load, _walk_at, each(rounds=(3, 4, 6, 8, 12)), True),
 )

@@ -64,8 +64,8 @@ def test_the_fastest_that_reaches_the_recall():
 
 @pytest.mark.parametrize("peer", approximate_peers.PEERS, ids=lambda peer: peer.name)
 def test_an_installed_peer_finds_rows_and_comes_back_from_its_folder(peer, tmp_path):
-    items = testing.make_items("iid", 4000, peers.R, seed=0)
-    queries = testing.make_queries("iid", 5, 3, peers.R, 1, items)
+    items = testing.make_items("iid", 4000, 16, seed=0)
+    queries = testing.make_queries("iid", 5, 3, 16, 1, items)
     try:
         index = peer.build(items)
     except SkipError as reason:

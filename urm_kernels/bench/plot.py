@@ -29,6 +29,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "faiss HNSW": {"color": "#009E73", "marker": "^", "linestyle": "--"},
     "hnswlib": {"color": "#009E73", "marker": "<", "linestyle": ":"},
     "ScaNN": {"color": "#7F3C8D", "marker": "o", "linestyle": "-"},
+    "ScaNN, rows in two leaves": {"color": "#7F3C8D", "marker": "p", "linestyle": ":"},
     "explore_topk": {"color": "#777777", "marker": "h", "linestyle": "-."},
 }
 _STROKE = {"linewidth": 1.8, "markersize": 5}
