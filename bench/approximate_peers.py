@@ -244,6 +244,6 @@ PEERS = (
     _of_faiss("HNSW", "HNSW16", each(efSearch=_EF)),
     ApproximatePeer("hnswlib", _hnswlib_index, _hnswlib_save, _hnswlib_load, _hnswlib_at, each(ef=_EF)),
     _of_scann("ScaNN"),
-    _of_scann("ScaNN, rows in two leaves", soar_lambda=1.5, overretrieve_factor=2.0),
+    _of_scann("ScaNN, two leaves a row", soar_lambda=1.5, overretrieve_factor=2.0),
     ApproximatePeer("explore_topk", _walk_index, _walk_save, _walk_load, _walk_at, each(rounds=(3, 4, 6, 8, 12)), True),
 )

@@ -19,7 +19,7 @@ maximum; all of their settings are tried, and a cell has the fastest that reache
 for `recall=.99` (2-bit codes). Every way has {threads} threads and its own batch interface. Ways take turns, in each
 of which a way answers all batches one after another, so that its index is as warm as its own calls keep it. *Bytes a
 row*: index and rows, all that a search needs. Indexes are built once; seconds as they came on cores that others used as
-well.
+well. The figure draws the settings of a way that none of its others beats, and recall above .9999 at 1.
 """
 
 

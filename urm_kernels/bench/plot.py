@@ -29,7 +29,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "faiss HNSW": {"color": "#009E73", "marker": "^", "linestyle": "--"},
     "hnswlib": {"color": "#009E73", "marker": "<", "linestyle": ":"},
     "ScaNN": {"color": "#7F3C8D", "marker": "o", "linestyle": "-"},
-    "ScaNN, rows in two leaves": {"color": "#7F3C8D", "marker": "p", "linestyle": ":"},
+    "ScaNN, two leaves a row": {"color": "#7F3C8D", "marker": "p", "linestyle": ":"},
     "explore_topk": {"color": "#777777", "marker": "h", "linestyle": "-."},
 }
 _STROKE = {"linewidth": 1.8, "markersize": 5}
@@ -114,9 +114,8 @@ def draw(panels: Sequence[Panel | RecallPanel], path: Path, title: str = "", col
     for axes in figure.axes:
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(name, handle)
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 5), frameon=False
-    )
+    abreast = len(handles) if len(handles) <= 5 else 4
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=abreast, frameon=False)
     if title:
         figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
