@@ -14,12 +14,13 @@ _EXACT = {"packed": "packed, exact", "packed in blocks": "packed in blocks, exac
 _NOT_DRAWN = ("plain", "packed int8")
 _FIGURE = "bench_peers_cpu.png"
 _HOW = """Recall is the mean share of the exact k best rows, of {users} users. Peers search every query and merge by the
-maximum; all of their settings are tried, and a cell has the fastest that reaches the recall, with the recall it has;
-"-" and the best recall where none does. Ours take part with what they are: exact, whatever recall is asked for, except
-for `recall=.99` (2-bit codes). Every way has {threads} threads and its own batch interface. Ways take turns, in each
-of which a way answers all batches one after another, so that its index is as warm as its own calls keep it. *Bytes a
-row*: index and rows, all that a search needs. *Build*: processor
-seconds of all threads, since others used the cores as well. The figure draws the settings of a way that none of its others beats, and recall above .9999 at 1.
+maximum; all of their settings are tried, and a cell has the fastest that reaches the recall, with the recall
+it has; "-" and the best recall where none does. Ours take part with what they are: exact, whatever recall is
+asked for, except for `recall=.99` (2-bit codes). Every way has {threads} threads and its own batch interface.
+Ways take turns, in each of which a way answers all batches one after another, so that its index is as warm as
+its own calls keep it. *Bytes a row*: index and rows, all that a search needs. *Build*: processor seconds of
+all threads, since others used the cores as well. The figure draws the settings of a way that none of its
+others beats, and recall above .9999 at 1.
 """
 
 
