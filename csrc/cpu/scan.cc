@@ -8,7 +8,9 @@
 #include "cell_bounds.h"
 #include "float_environment.h"
 #include "guess.h"
+#include "promising.h"
 #include "run_scan.h"
+#include "scan_allowed.h"
 #include "topk_results.h"
 
 namespace urm {
@@ -71,10 +73,12 @@ bool scan_with_guesses(const TopKRequest& request, Group& group, std::vector<Wor
 
 bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t padded, bool guess) {
   Group group(request, first, last, padded);
+  guess = guess && !request.few;
   group.guess = guess && !group.query_codes.empty();
   std::vector<Workspace> work = workspaces(group);
   const int64_t n = request.items.rows, k = std::min(request.k, n);
   TopKResults results(group, k, topk_buffer_capacity(k, n));
+  if (request.few) use_few_blocks(request, group, work, results);
   if (guess) use_cells(request, group, work, results);
   AlignedVector<float> guesses;
   if (!group.cell_bounds.empty()) group.guess = false;  // the best cells have more to say than a sample
@@ -147,7 +151,10 @@ bool scan_topk(const TopKRequest& request) {
   const bool probable = is_probable(request);
   const auto scan = [&](const TopKRequest& part, int64_t group) {
     const int64_t first = group * users, last = std::min(queries.users, first + users);
-    return probable ? scan_probably(part, first, last, padded) : scan_group(part, first, last, padded, true);
+    return scan_allowed(part, first, last, [&](const TopKRequest& allowed, int64_t begin, int64_t end) {
+      if (probable && !allowed.few) return scan_probably(allowed, begin, end, padded);
+      return scan_group(certain(allowed), begin, end, padded, true);
+    });
   };
   const TopKRequest asked = probable ? request : certain(request);
   if (request.threads > 1 && groups > kGroupsOfThread * request.threads && request.items.rows <= kFewRows)
