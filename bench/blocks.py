@@ -26,6 +26,7 @@ from urm_kernels.bench.machine import machine
 from urm_kernels.bench.turns import timed
 from urm_kernels.testing import make_items, make_queries
 
+_BLOCK = 64
 _CHUNK = 1 << 16  # rows that torch scores at a time
 
 
@@ -76,9 +77,9 @@ def shape_of(table: ItemTable, plain: ItemTable, asked: Sequence[Tensor], k: int
 
 def masks_of(table: ItemTable, asked: Sequence[Tensor], k: int) -> dict[str, Any]:
     codes = table.codes()
-    assert codes is not None and codes.cells is not None
-    cells = codes.cells
-    rows = cells.order[: cells.number() * cells.rows, 0].long().view(-1, cells.rows)
+    assert codes is not None
+    order = torch.arange(len(table)) if codes.cells is None else codes.cells.order[:, 0].long()
+    rows = order[: len(order) // _BLOCK * _BLOCK].view(-1, _BLOCK)
     of_blocks, of_rows = torch.zeros(len(table), dtype=torch.bool), torch.zeros(len(table), dtype=torch.bool)
     of_blocks[rows[torch.randperm(len(rows))[: len(rows) // 100]].flatten()] = True
     of_rows[torch.randperm(len(table))[: len(table) // 100]] = True

@@ -182,10 +182,18 @@ def test_a_large_table_decides_by_a_sample(machine):
         pytest.skip("takes a minute there")
     for kind in ("clustered", "iid"):
         items = make_items(kind, 150_000, 32, 0)
-        table = in_blocks(items)
+        table = in_blocks(items, blocks=64)
         for users, count, k in ((1, 1, 10), (5, 8, 100), (2, 40, 1000)):
             queries = make_queries(kind, users, count, 32, users, items)
             assert_same_bits(score_topk(queries, table, k), plain(queries, items, k))
+
+
+def test_blocks_are_made_where_a_trial_says_that_they_pay():
+    bias = torch.randn(66_000, generator=generator(8))
+    assert in_blocks(make_items("clustered", 66_000, 16, 0), bias=bias).codes().cells is not None
+    items = make_items("iid", 66_000, 32, 0)
+    assert in_blocks(items).codes().cells is None
+    assert in_blocks(items, blocks=64).codes().cells is not None
 
 
 def test_stats_tell_what_cells_ruled_out():

@@ -110,6 +110,19 @@ def widen_cells(codes: Codes, places: Tensor, rows: Tensor, row_scale: Tensor | 
         cells.most.scatter_reduce_(0, of, cells.bias[places], "amax")
 
 
+def share_left(codes: Codes, queries: Tensor, least: Tensor) -> float:
+    """Of pairs of a query [n, r] and a cell, those whose bound reaches the least score [n] that is of use."""
+    cells, r = codes.cells, queries.shape[1]
+    assert cells is not None
+    asked = reference_codes.encode_queries(queries[:, None], torch.ones_like(queries[:, :1], dtype=torch.bool), codes)
+    rows = reference_codes.decode(_coded(codes), r, 0, len(cells.blocks))
+    bounds = reference_codes.scan_bounds(asked, rows, _coded(codes), r)[:, : cells.number()]
+    if cells.most is not None:
+        bounds = bounds + cells.most
+    left = ~(bounds < least[:, None]) | ~asked.bounded[:, None]
+    return float(left.double().mean())
+
+
 def references(codes: Codes, r: int) -> Tensor:
     """As :func:`urm_kernels.backends.codes.references`, of the cells."""
     return formats.references(_coded(codes), r)

@@ -25,6 +25,11 @@ CODE_PARTS = ("code_rotation", "code_reference", "code_blocks", "code_fine")
 CELL_PARTS = ("code_order", "code_bias", "code_cells", "code_cell_reference", "code_cell_most")
 PACKED_PARTS = (*CODE_PARTS, *CELL_PARTS)
 _ROWS_AT_ONCE = 1 << 18  # encoded between two steps of the progress bar
+# A trial of blocks: rows in all from which it is worth it; and of these, as queries, as rows and as cells.
+_FEWEST_TRIED = 1 << 16
+_TRIED_QUERIES, _TRIED_ROWS, _TRIED_CELLS = 32, 1 << 16, 1024
+_TRIED_RESULTS = 100
+_MOST_LEFT = 0.9  # of the cells; as the cpu backend's own sample in every call
 _PACKABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
 
@@ -83,10 +88,12 @@ class PackableTable(nn.Module):
                 worth it where many rows are close to the best ones. ("int2", "int4"): r / 4 + 8 bytes a row, for
                 widths that are multiples of 8, and r / 2 + 8 that are read for survivors: for ``recall`` below 1. Too
                 coarse for exact calls, which scan the rows themselves where 2 bits rule out too little.
-            blocks: True, or the rows of a run, a multiple of 32 up to 4096: 8 bytes a row more, and r / 128 for the
-                codes of runs of 64; with a bias 4 more. Worth it for catalogues that cluster. Runs loosen as rows are
-                updated and appended: results stay exact, and :class:`urm_kernels.ScanStats` and :meth:`memory` show
-                when packing anew would pay. On the CPU; other devices scan such a table by its factors.
+            blocks: True: runs of 64 rows, in tables of 65,536 rows or more only where a trial, with some rows as
+                queries, says that a tenth of the runs or more will not be read; else codes lie as without. Or the rows
+                of a run, a multiple of 32 up to 4096, whatever a trial would say. 8 bytes a row more, and r / 128 for
+                the codes of runs of 64; with a bias 4 more. Worth it for catalogues that cluster. Runs loosen as rows
+                are updated and appended: results stay exact, and :class:`urm_kernels.ScanStats` and :meth:`memory`
+                show when packing anew would pay. On the CPU; other devices scan such a table by its factors.
             seed: of the rotation and the clusters.
             progress: called with (rows done, rows in all), in place of a progress bar, which comes after two seconds on
                 a terminal where tqdm is installed. With ``blocks`` a row counts once a pass over it.
@@ -110,7 +117,7 @@ class PackableTable(nn.Module):
             self._check_fresh("pack")
             if self._log is not None:
                 self._log.flush()
-            made = self._new_codes(kinds, cell_rows, seed, progress)
+            made = self._new_codes(kinds, cell_rows, blocks is True, seed, progress)
             with self._fetch:
                 self._hold_codes(made)
                 self.code_changed = 0
@@ -158,8 +165,14 @@ class PackableTable(nn.Module):
         self._codes_from = None if codes is None else MadeFrom(*self._code_sources())
 
     def _new_codes(
-        self, kinds: tuple[str, ...], cell_rows: int, seed: int, progress: Callable[[int, int], object] | None
+        self,
+        kinds: tuple[str, ...],
+        cell_rows: int,
+        trial: bool,
+        seed: int,
+        progress: Callable[[int, int], object] | None,
     ) -> Codes:
+        """With cells of so many rows; on trial, only where some of the rows as queries say that they pay."""
         items, row_scale = self._coded()
         rows = len(items) // BLOCK * BLOCK
         with torch.inference_mode(False), torch.no_grad():
@@ -169,7 +182,8 @@ class PackableTable(nn.Module):
             with progress_of("pack", rows + clustered, progress) as bar:
                 if cell_rows:
                     order = self._clustered(rows, cell_rows, seed, bar)
-                    codes = codes._replace(cells=self._cells_of(order, cell_rows))
+                    if rows < _FEWEST_TRIED or not trial or self._cells_pay(order, cell_rows, signs, seed):
+                        codes = codes._replace(cells=self._cells_of(order, cell_rows))
                 return encode(items, row_scale, self.bias, codes, bar)
 
     def _clustered(self, rows: int, cell_rows: int, seed: int, bar: Progress) -> Tensor:
@@ -184,6 +198,29 @@ class PackableTable(nn.Module):
             part = torch.arange(first, min(first + _ROWS_AT_ONCE, rows), device=items.device)
             lengths[part] = torch.linalg.vector_norm(clusters.rows_of(items, row_scale, part), dim=1)
         return clusters.order_of(labels, lengths, cell_rows)
+
+    def _cells_pay(self, order: Tensor, cell_rows: int, signs: Tensor, seed: int) -> bool:
+        """Whether cells of some of the rows would be left out of searches for others."""
+        (items, row_scale), r, device = self._coded(), self.factors.shape[1], order.device
+        random = torch.Generator().manual_seed(seed)
+
+        def some(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+            return clusters.rows_of(items, row_scale, rows), None if self.bias is None else self.bias[rows].float()
+
+        asked = some(order[torch.randint(len(order), (_TRIED_QUERIES,), generator=random).to(device)])[0]
+        sampled, bias = some(order[torch.randint(len(order), (_TRIED_ROWS,), generator=random).to(device)])
+        scores = asked @ sampled.T
+        scores = scores if bias is None else torch.nan_to_num(scores + bias, -torch.inf)
+        rank = -(-_TRIED_RESULTS * _TRIED_ROWS // len(order))
+        least = scores.topk(min(rank, _TRIED_ROWS)).values[:, -1]
+        cells = order[: len(order) // cell_rows * cell_rows].view(-1, cell_rows)
+        rows = cells[torch.linspace(0, len(cells) - 1, min(_TRIED_CELLS, len(cells)), device=device).long()].flatten()
+        held, bias = some(rows)
+        codes = room_for(signs, len(rows), r, ("int4",))
+        places = torch.arange(len(rows), device=device)
+        codes = codes._replace(cells=table_cells.room_for_cells(places, r, cell_rows, bias is not None))
+        codes = encode(held, None, bias, codes, Progress(len(rows), None, None))
+        return table_cells.share_left(codes, asked, least) < _MOST_LEFT
 
     def _cells_of(self, order: Tensor, cell_rows: int) -> Cells:
         return table_cells.room_for_cells(order, self.factors.shape[1], cell_rows, self.bias is not None)

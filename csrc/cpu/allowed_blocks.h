@@ -1,37 +1,32 @@
-// Which blocks of codes hold a row that a user may be given: the others need not be read.
+// Which blocks of codes hold a row that masks allow: the others need not be read.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "../common/codes.h"
 #include "aligned.h"
-#include "filter.h"
 #include "query_codes.h"
 
 namespace urm {
 
 class AllowedBlocks {
  public:
-  AllowedBlocks() = default;
+  // From the rows that masks allow: a list for each user from `first_user` on, or one for all.
+  AllowedBlocks(const std::vector<AlignedVector<uint32_t>>& lists, const Codes& codes, int64_t first_user, int threads);
 
-  // Of users [first, last). Where codes lie in another order than the rows, blocks are found from the rows that a mask
-  // allows: only where these are few, so that blocks without one are many.
-  AllowedBlocks(const Filter& filter, const Codes& codes, int64_t rows, int64_t first_user, int64_t last_user,
-                int threads);
-
-  // False where all hold one, as far as is known.
-  bool some() const { return filter_; }
-
-  // Of blocks first, first + step, ..., `count` of them: the set of those that may hold such a row.
+  // Of blocks first, first + step, ..., `count` of them: the set of those that hold such a row.
   uint32_t among(int64_t user, int64_t first, int64_t step, int64_t count) const;
 
+  // Whether one of blocks [first, first + count) holds such a row, of any user.
+  bool any(int64_t first, int64_t count) const;
+
+  // In all lists.
+  int64_t count() const { return count_; }
+
  private:
-  const Filter* filter_ = nullptr;  // null: all may
-  int64_t first_user_ = 0;
-  bool permuted_ = false;
-  int64_t user_stride_ = 0, words_ = 0;  // of found_
-  AlignedVector<uint64_t> found_;        // [masks][words]
-  AlignedVector<uint8_t> is_found_;      // [masks]
+  int64_t first_user_, masks_, words_, count_ = 0;
+  AlignedVector<uint64_t> found_;  // [masks][words]
 };
 
 }  // namespace urm

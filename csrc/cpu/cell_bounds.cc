@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "float_environment.h"
+#include "promising.h"
 #include "thread_pool.h"
 
 namespace urm {
@@ -14,19 +15,12 @@ constexpr int64_t kSampleStep = 16;    // of blocks of cells; their bounds are 0
 constexpr int64_t kFewestSampled = 8;  // blocks of cells
 constexpr double kMostLeft = 0.9;      // of the pairs (user, cell): more, and the level does not pay
 constexpr int64_t kRoom = 2;           // for as many as are wanted: these are cut back less often
-constexpr double kPassCost = 4;        // of sums of codes that lie apart
-constexpr double kPairCost = 64;       // of scoring a pair by itself, in sums of its codes
 // Cells scanned first: so many beside those that k rows fill, of which as many: not all rows of a promising cell are
 // good. And no more than one of so many, or a few, in a small table.
 constexpr int64_t kMoreCells = 128;
 constexpr int64_t kCellsFor = 128;
 constexpr int64_t kCellsOfOne = 16;
 constexpr int64_t kFewestCells = 16;
-
-// Of sums for so many rows.
-double multiply_adds(const Group& group, int64_t rows) {
-  return static_cast<double>(rows) * static_cast<double>(group.padded * group.packed.total);
-}
 
 // Codes of cells, as those of a table of their own.
 Codes codes_of_cells(const Codes& codes) {
@@ -47,7 +41,6 @@ class CellBounder {
       : group_(group),
         cells_(group.request.codes.cells),
         codes_(codes_of_cells(group.request.codes)),
-        filtered_(group.blocks.some()),
         queries_(encode_queries(group.packed, group.users, group.padded, codes_, *group.request.kernels)),
         blocks_(codes_.count) {}
 
@@ -111,13 +104,12 @@ class CellBounder {
       bound = cell_at(i) < cells_.count ? std::max(bound, std::numeric_limits<float>::lowest()) : kNothing;
       out[i * group_.users + user] = bound;
     }
-    for (int64_t b = 0; b < last - first && (best || filtered_); ++b)
-      for (uint32_t left = filtered_ ? ~uint32_t{0} : reach[b]; left; left &= left - 1) {
+    for (int64_t b = 0; b < last - first && best; ++b)
+      for (uint32_t left = reach[b]; left; left &= left - 1) {
         const int64_t i = begin + b * kBlockRows + __builtin_ctz(left);
         if (i >= end) break;
-        float& bound = out[i * group_.users + user];
-        if (filtered_ && !any_allowed(user, cell_at(i))) bound = kNothing;
-        if (best && reaches(bound, best->threshold(slot, user))) best->take_one(slot, user, i, bound);
+        const float bound = out[i * group_.users + user];
+        if (reaches(bound, best->threshold(slot, user))) best->take_one(slot, user, i, bound);
       }
   }
 
@@ -127,53 +119,21 @@ class CellBounder {
     return work.bias.data();
   }
 
-  bool any_allowed(int64_t user, int64_t cell) const {
-    const int64_t blocks = cells_.rows / kBlockRows;
-    for (int64_t block = 0; block < blocks; block += kStretchBlocks)
-      if (group_.blocks.among(user, cell * blocks + block, 1, std::min(kStretchBlocks, blocks - block))) return true;
-    return false;
-  }
-
   Group& group_;
   const Cells& cells_;
   const Codes codes_;
-  const bool filtered_;
   const QueryCodes queries_;
   int64_t step_ = 1, blocks_;
 };
 
-int64_t promising_rows(int64_t k) {
-  return k + k / 2 + 16;
-}
-
-// Tasks dealt to threads, each with a scanner of its own.
-template <class Task>
-void each_task(Group& group, int threads, std::vector<Workspace>& work, TopKResults& results, int64_t tasks,
-               Task task) {
-  std::atomic<int64_t> next{0};
-  run_parallel(static_cast<int>(std::clamp<int64_t>(tasks, 1, threads)), [&](int slot) {
-    const DefaultFloatEnvironment environment;
-    CodeScanner<TopKResults> scanner(group, work[slot], results, slot);
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      results.adopt(slot);
-      task(i, scanner);
-    }
-    scanner.finish();
-    results.publish(slot);
-    group.count(scanner.counts());
-  });
-  results.settle();
-}
-
 // Of each user, k exact scores among the most promising rows of the most promising cells: thresholds that k rows reach.
-void score_most_promising(Group& group, std::vector<Workspace>& work, const CellBounder& bounder, TopKResults& cells,
-                          int64_t k, TopKResults& found) {
-  const int64_t of_cell = group.request.codes.cells.rows / kBlockRows, rows = promising_rows(k);
-  TopKResults promising(group, rows, kRoom * rows);
+void score_best_cells(Group& group, std::vector<Workspace>& work, const CellBounder& bounder, TopKResults& cells,
+                      int64_t k, TopKResults& found) {
+  const int64_t of_cell = group.request.codes.cells.rows / kBlockRows;
   const int64_t most = std::max<int64_t>(1, bounder.most_promising(k));
   const auto first_block = [&](uint64_t key) { return bounder.cell_at(key_row(key)) * of_cell; };
   const int threads = group.threads_for(kPassCost * multiply_adds(group, most * group.request.codes.cells.rows));
-  each_task(group, threads, work, promising, group.users * most, [&](int64_t i, CodeScanner<TopKResults>& scanner) {
+  score_most_promising(group, work, k, threads, group.users * most, found, [&](int64_t i, auto& scanner) {
     const int64_t user = i / most;
     TopKBuffer& best = cells.best(user);
     if (i % most >= best.size()) return;
@@ -183,14 +143,6 @@ void score_most_promising(Group& group, std::vector<Workspace>& work, const Cell
     if (group.next_replaced(first * kBlockRows) < end * kBlockRows) return;
     for (int64_t block = first; block < end; block += kStretchBlocks, ahead = {nullptr, 0})
       scanner.take_bounds(user, block, std::min(kStretchBlocks, end - block), ahead);
-  });
-  const int scorers = group.threads_for(kPairCost * multiply_adds(group, rows));
-  each_task(group, scorers, work, found, group.users * rows, [&](int64_t i, CodeScanner<TopKResults>& scanner) {
-    const int64_t user = i / rows;
-    TopKBuffer& best = promising.best(user);
-    if (i % rows >= best.size()) return;
-    const uint64_t key = best.keys()[i % rows];
-    scanner.keep({key_row(key), user, key_score(key), ~uint64_t{0}});
   });
 }
 
@@ -205,7 +157,7 @@ bool cells_pay(const TopKRequest& request, Group& group, std::vector<Workspace>&
   TopKResults cells(group, bounder.most_promising(k), kRoom * bounder.most_promising(k));
   bounder.run(work, &cells, bounds.data());
   TopKResults found(group, k, topk_buffer_capacity(k, request.items.rows));
-  score_most_promising(group, work, bounder, cells, k, found);
+  score_best_cells(group, work, bounder, cells, k, found);
   int64_t left = 0;
   for (int64_t i = 0; i < bounder.cells(); ++i)
     for (int64_t user = 0; user < group.users; ++user)
@@ -235,7 +187,7 @@ void use_cells(const TopKRequest& request, Group& group, std::vector<Workspace>&
   TopKResults best(group, most, kRoom * most);
   bounder.run(work, &best, group.cell_bounds.data());
   TopKResults found(group, k, topk_buffer_capacity(k, request.items.rows));
-  score_most_promising(group, work, bounder, best, k, found);
+  score_best_cells(group, work, bounder, best, k, found);
   for (int64_t user = 0; user < group.users; ++user) results.raise_floor(user, found.best(user).floor());
 }
 

@@ -37,10 +37,10 @@ int64_t CodeScanner<Results>::scan_users(int64_t first_block, int64_t blocks, co
   for (int64_t user = 0; user < group_.users; ++user) {
     if (group_.packed.start[user + 1] == group_.packed.start[user]) continue;
     uint32_t some = wanted ? wanted[user] : (1u << blocks) - 1;
-    if (some) some &= group_.blocks.among(user, first_block * step_, step_, blocks);
+    if (some) some &= group_.allowed_blocks(user, first_block * step_, step_, blocks);
     if (!some) continue;
     // Where some blocks are left out, the next ones will be.
-    if (!wanted && __builtin_popcount(some) < blocks && group_.blocks.some()) ahead = {nullptr, 0};
+    if (!wanted && __builtin_popcount(some) < blocks) ahead = {nullptr, 0};
     survived += scan_user(user, first_block, some, bias, ahead);
     ahead = {nullptr, 0};
     read |= some;

@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 namespace urm {
 
 enum class MaskKind : int { kNone = 0, kBytes = 1, kBits = 2 };
@@ -53,7 +57,7 @@ struct Filter {
     const uint8_t* bytes = mask + user * mask_user_stride + row * mask_row_stride;
     uint64_t some = 0;
     int64_t i = 0;
-    for (; mask_row_stride == 1 && i + 8 <= count; i += 8) some |= uint64_t{bits_of_bytes(bytes + i)} << i;
+    for (; mask_row_stride == 1 && i + 16 <= count; i += 16) some |= uint64_t{bits_of_bytes(bytes + i)} << i;
     for (; i < count; ++i) some |= uint64_t{bytes[i * mask_row_stride] != 0} << i;
     return set & some;
   }
@@ -80,13 +84,16 @@ struct Filter {
   }
 
  private:
-  // Which of eight bytes are not zero.
-  static uint8_t bits_of_bytes(const uint8_t* bytes) {
-    uint64_t x;
-    std::memcpy(&x, bytes, sizeof x);
-    constexpr uint64_t kLow = 0x7F7F7F7F7F7F7F7F;
-    x = (((x & kLow) + kLow) | x) & ~kLow;                              // the top bit of each byte
-    return static_cast<uint8_t>((x >> 7) * 0x0102040810204080u >> 56);  // byte i to bit i
+  // Which of sixteen bytes are not zero.
+  static uint16_t bits_of_bytes(const uint8_t* bytes) {
+#ifdef __SSE2__
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+    return static_cast<uint16_t>(~_mm_movemask_epi8(_mm_cmpeq_epi8(x, _mm_setzero_si128())));
+#else
+    uint16_t set = 0;
+    for (int i = 0; i < 16; ++i) set |= static_cast<uint16_t>((bytes[i] != 0) << i);
+    return set;
+#endif
   }
 
   static uint64_t bits_of(const uint8_t* bits, int64_t row, int64_t count) {

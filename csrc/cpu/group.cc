@@ -4,12 +4,16 @@
 #include <cmath>
 #include <numeric>
 
+#include "allowed_blocks.h"
+
 namespace urm {
 namespace {
 
 constexpr int64_t kGroupQueries = 512;       // packed queries of a group stay in the second-level cache
 constexpr int64_t kWorkPerThread = 1 << 22;  // multiply-adds that pay for waking a thread, about 0.2 ms
 constexpr int64_t kChunkRows = 4096;         // rows handed out at a time
+constexpr int64_t kQueriesOfStream = 4;      // whose dots take as long as reading a row behind another
+constexpr int64_t kQueriesOfRead = 16;       // and as reading one that lies by itself
 constexpr double kCodedSpeed = 4;            // of sums of products of codes beside dots
 
 constexpr int64_t kSliceQueries = 64;  // their cheap scores of a panel are 16 KiB
@@ -22,15 +26,21 @@ float length_of(const float* query, int64_t padded) {
   return static_cast<float>(std::sqrt(squares) * (1 + 1e-6)) + kLeastLength;
 }
 
+// Rows that a scan of the table, or of a list, meets.
+int64_t rows_met(const ScanRequest& request) {
+  return request.listed ? static_cast<int64_t>(request.listed->size()) : request.items.rows;
+}
+
 bool wanted(const ScanRequest& request, int64_t queries) {
   if (request.row_scale.data) return false;
   if (request.scan != ScanMode::kAuto) return request.scan == ScanMode::kBounded;
-  return queries > kDirectQueries && request.items.rows >= kFewestRows;
+  return queries > kDirectQueries && rows_met(request) >= kFewestRows;
 }
 
 int useful_threads(const ScanRequest& request, int64_t queries, int64_t padded, bool coded) {
   if (request.all_threads) return request.threads;
-  double work = static_cast<double>(request.items.rows) * padded * std::max<int64_t>(queries, 4);
+  const int64_t fewest = request.listed ? kQueriesOfRead : kQueriesOfStream;
+  double work = static_cast<double>(rows_met(request)) * padded * std::max(queries, fewest);
   if (coded) work /= kCodedSpeed;
   return static_cast<int>(std::clamp<double>(work / kWorkPerThread, 1, std::max(request.threads, 1)));
 }
@@ -64,18 +74,17 @@ Group::Group(const ScanRequest& request, int64_t first, int64_t last, int64_t pa
     pack_query_panel(packed.rows.data(), packed.total, padded, panel.data());
   }
   bounds = make_bounds(request, packed, users, padded);
-  const int64_t n = request.items.rows;
+  const int64_t n = rows_met(request);
   if (request.codes.bits && packed.total && request.scan != ScanMode::kExact &&
       (n >= kFewestRows || request.scan == ScanMode::kBounded))
     query_codes = encode_queries(packed, users, padded, request.codes, *request.kernels);
   const bool coded = !query_codes.empty();
-  permuted = coded && request.codes.order;
+  permuted = listed() || (coded && request.codes.order);
   if (coded && request.overlay.count) {
     for (int64_t i = 0; i < request.overlay.count; ++i) replaced.push_back(place_of(request.overlay.rows[i]));
     std::sort(replaced.begin(), replaced.end());
   }
   threads = useful_threads(request, packed.total, padded, coded);
-  if (coded) blocks = AllowedBlocks(request.filter, request.codes, n, first, last, threads);
   int64_t wide = std::lcm(request.kernels->panel_rows, bounds.score ? bounds.score->panel_rows : 1);
   if (coded) wide = std::lcm(wide, std::max<int64_t>(kBlockRows, request.codes.cells.rows));
   chunk_rows = round_up(std::clamp<int64_t>(threads == 1 ? n : n / (8 * threads), 1, kChunkRows), wide);
@@ -91,6 +100,17 @@ int Group::threads_for(double multiply_adds) const {
 int64_t Group::next_replaced(int64_t place) const {
   const auto next = std::lower_bound(replaced.begin(), replaced.end(), place);
   return next == replaced.end() ? request.items.rows : *next;
+}
+
+uint32_t Group::allowed_blocks(int64_t user, int64_t first, int64_t step, int64_t count) const {
+  const Filter& filter = request.filter;
+  if (request.blocks) return request.blocks->among(first_user + user, first, step, count);
+  const uint32_t all = static_cast<uint32_t>((uint64_t{1} << count) - 1);
+  if (permuted || (filter.kind == MaskKind::kNone && !filter.alive)) return all;
+  uint32_t some = 0;
+  for (int64_t i = 0; i < count; ++i)
+    if (filter.masked(first_user + user, (first + i * step) * kBlockRows, kBlockRows)) some |= 1u << i;
+  return some;
 }
 
 uint32_t Group::allowed(int64_t user, int64_t place, uint32_t lanes) const {

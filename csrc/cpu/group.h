@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "aligned.h"
-#include "allowed_blocks.h"
 #include "kernels.h"
 #include "queries.h"
 #include "scan.h"
@@ -41,10 +40,9 @@ struct Group {
   PackedQueries packed;
   AlignedVector<float> panel{};  // packed queries for the panel kernel; empty where rows are read as they lie
   GroupBounds bounds{};
-  bool guess = false;        // thresholds, as the scan goes on
-  QueryCodes query_codes{};  // empty where the table's codes are of no use, or it has none
-  bool permuted = false;     // rows are met in the order of their codes
-  AllowedBlocks blocks{};
+  bool guess = false;                  // thresholds, as the scan goes on
+  QueryCodes query_codes{};            // empty where the table's codes are of no use, or it has none
+  bool permuted = false;               // rows are met in the order of their codes, or of a list
   AlignedVector<float> cell_bounds{};  // [cells][users]; empty where cells are not asked
   AlignedVector<int64_t> replaced{};   // places of rows that have been, ascending: their codes may be changing
   // [users], where bounds are probable: what these have to reach, whatever is found meanwhile. The rows that do are
@@ -63,9 +61,13 @@ struct Group {
 
   bool direct() const { return panel.empty(); }
 
-  // Rows are met by their *places*: their numbers, unless codes lie in another order. Rows without codes keep theirs.
+  // Rows are met by their *places*: their numbers, unless codes lie in another order or some rows are listed. Rows
+  // without codes keep theirs.
+  int64_t places() const { return listed() ? static_cast<int64_t>(request.listed->size()) : request.items.rows; }
   int64_t row_at(int64_t place) const {
-    return permuted && place < request.codes.rows() ? request.codes.row_at(place) : place;
+    if (!permuted) return place;
+    if (listed()) return (*request.listed)[place];
+    return place < request.codes.rows() ? request.codes.row_at(place) : place;
   }
   int64_t place_of(int64_t row) const {
     return permuted && row < request.codes.rows() ? request.codes.place_of(row) : row;
@@ -76,6 +78,10 @@ struct Group {
 
   // The first place from `place` on whose row has been replaced; behind all rows where there is none.
   int64_t next_replaced(int64_t place) const;
+
+  // Of blocks first, first + step, ..., `count` of them: the set of those that may hold a row that the user's mask
+  // allows.
+  uint32_t allowed_blocks(int64_t user, int64_t first, int64_t step, int64_t count) const;
 
   // Those lanes (bit i: place + i) whose rows the user may be given.
   uint32_t allowed(int64_t user, int64_t place, uint32_t lanes) const;
@@ -90,6 +96,9 @@ struct Group {
 
   // The first row of the turn-th chunk, -1 behind the last.
   int64_t chunk_begin(int64_t turn) const { return turn < chunks ? turn * chunk_step % chunks * chunk_rows : -1; }
+
+ private:
+  bool listed() const { return request.listed && query_codes.empty(); }
 };
 
 // Columns of a row in the kernels' memory.

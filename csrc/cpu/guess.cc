@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <limits>
+#include <utility>
 
 #include "code_scanner.h"
 #include "float_environment.h"
@@ -122,7 +123,8 @@ AlignedVector<float> guess_by_codes(const TopKRequest& request, Group& group, st
   return guesses;
 }
 
-bool guess_for_probable_bounds(const TopKRequest& request, Group& group, std::vector<Workspace>& work) {
+bool guess_for_probable_bounds(const TopKRequest& request, Group& group, std::vector<Workspace>& work,
+                               AlignedVector<float>& guesses) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const int64_t blocks = request.codes.count / kBlockStep, rows = request.items.rows;
   if (rows < kFewestRows || rows * request.items.columns < kFewestElements || request.k > rows / 2) return false;
@@ -155,11 +157,14 @@ bool guess_for_probable_bounds(const TopKRequest& request, Group& group, std::ve
     results.publish(slot);
     group.count(scanner.counts());
   });
-  for (int64_t user = 0; user < group.users; ++user) {
-    if (!has_queries(user)) continue;
-    group.least[user] = guess_from(group, results.best(user), most, expected);
-    if (group.least[user] == -kInfinity || leaves_more_than(trial, request.codes, user, most_left)) return false;
-  }
+  for (int64_t user = 0; user < group.users; ++user)
+    if (has_queries(user)) group.least[user] = guess_from(group, results.best(user), most, expected);
+  for (int64_t user = 0; user < group.users; ++user)
+    if (has_queries(user) &&
+        (group.least[user] == -kInfinity || leaves_more_than(trial, request.codes, user, most_left))) {
+      guesses = std::move(group.least);
+      return false;
+    }
   return true;
 }
 

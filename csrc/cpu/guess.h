@@ -19,9 +19,10 @@ AlignedVector<float> guess_thresholds(const TopKRequest& request, int64_t first,
 // are rows: the guess is made for as many as there seem to be.
 AlignedVector<float> guess_by_codes(const TopKRequest& request, Group& group, std::vector<Workspace>& work);
 
-// The same for probable bounds, as group.least; false where these do not suit some user. Decided by what rows and codes
-// hold alone: by no clock or thread.
-bool guess_for_probable_bounds(const TopKRequest& request, Group& group, std::vector<Workspace>& work);
+// The same for probable bounds, as group.least; false where these do not suit some user, with the guesses, where there
+// are some by then, for a scan with certain bounds. Decided by what rows and codes hold alone: by no clock or thread.
+bool guess_for_probable_bounds(const TopKRequest& request, Group& group, std::vector<Workspace>& work,
+                               AlignedVector<float>& guesses);
 
 // The best score of a sample of the rows for users [first, last), -inf where it has none; empty where a sample does not
 // pay.

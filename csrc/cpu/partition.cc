@@ -4,6 +4,7 @@
 #include "guess.h"
 #include "partition_results.h"
 #include "run_scan.h"
+#include "scan_allowed.h"
 
 namespace urm {
 namespace {
@@ -11,7 +12,7 @@ namespace {
 bool scan_group(const PartitionRequest& request, int64_t first, int64_t last, int64_t padded) {
   Group group(request, first, last, padded);
   PartitionResults results(group, request.temperature);
-  if (group.bounds.score || !group.query_codes.empty()) {
+  if (!request.few && (group.bounds.score || !group.query_codes.empty())) {
     const AlignedVector<float> best = best_of_sample(request, first, last);
     for (int64_t user = 0; user < static_cast<int64_t>(best.size()); ++user) results.expect_score(user, best[user]);
   }
@@ -27,8 +28,11 @@ bool scan_group(const PartitionRequest& request, int64_t first, int64_t last, in
 bool scan_partition(const PartitionRequest& request) {
   const DefaultFloatEnvironment environment;
   const int64_t padded = padded_columns(request.queries), users = users_of_group(request.queries);
+  const auto scan = [&](const PartitionRequest& part, int64_t begin, int64_t end) {
+    return scan_group(part, begin, end, padded);
+  };
   for (int64_t first = 0; first < request.queries.users; first += users)
-    if (!scan_group(request, first, std::min(request.queries.users, first + users), padded)) return false;
+    if (!scan_allowed(request, first, std::min(request.queries.users, first + users), scan)) return false;
   return true;
 }
 

@@ -3,12 +3,15 @@
 #include <algorithm>
 #include <limits>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "cell_bounds.h"
 #include "float_environment.h"
 #include "guess.h"
+#include "promising.h"
 #include "run_scan.h"
+#include "scan_allowed.h"
 #include "topk_results.h"
 
 namespace urm {
@@ -38,7 +41,8 @@ bool write_user(const TopKRequest& request, const Group& group, TopKBuffer& best
   return best.floor() == kNoKey || (k == wanted && (!k || *std::min_element(keys, keys + k) >= best.floor()));
 }
 
-bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t padded, bool guess);
+bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t padded, bool guess,
+                AlignedVector<float> guesses = {});
 
 // The same request with certain bounds.
 TopKRequest certain(const TopKRequest& request) {
@@ -69,31 +73,35 @@ bool scan_with_guesses(const TopKRequest& request, Group& group, std::vector<Wor
   return true;
 }
 
-bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t padded, bool guess) {
+// `guesses`, where there are some already.
+bool scan_group(const TopKRequest& request, int64_t first, int64_t last, int64_t padded, bool guess,
+                AlignedVector<float> guesses) {
   Group group(request, first, last, padded);
+  guess = guess && !request.few;
   group.guess = guess && !group.query_codes.empty();
   std::vector<Workspace> work = workspaces(group);
   const int64_t n = request.items.rows, k = std::min(request.k, n);
   TopKResults results(group, k, topk_buffer_capacity(k, n));
+  if (request.few) use_few_blocks(request, group, work, results);
   if (guess) use_cells(request, group, work, results);
-  AlignedVector<float> guesses;
   if (!group.cell_bounds.empty()) group.guess = false;  // the best cells have more to say than a sample
-  else if (group.guess) guesses = guess_by_codes(request, group, work);
-  else if (guess && group.bounds.score) guesses = guess_thresholds(request, first, last);
+  else if (guesses.empty() && group.guess) guesses = guess_by_codes(request, group, work);
+  else if (guesses.empty() && guess && group.bounds.score) guesses = guess_thresholds(request, first, last);
   return scan_with_guesses(request, group, work, results, guesses);
 }
 
 // By probable bounds where these suit every user, else exactly.
 bool scan_probably(const TopKRequest& request, int64_t first, int64_t last, int64_t padded) {
   Group group(request, first, last, padded);
+  AlignedVector<float> guesses;
   if (!group.query_codes.empty()) {
     std::vector<Workspace> work = workspaces(group);
     const int64_t n = request.items.rows, k = std::min(request.k, n);
     TopKResults results(group, k, topk_buffer_capacity(k, n));
-    if (guess_for_probable_bounds(request, group, work))
+    if (guess_for_probable_bounds(request, group, work, guesses))
       return scan_with_guesses(request, group, work, results, group.least);
   }
-  return scan_group(certain(request), first, last, padded, true);
+  return scan_group(certain(request), first, last, padded, true, std::move(guesses));
 }
 
 // Where rows are shared by many queries their bytes do not bind, and plain scans are as fast as those of codes. Rows
@@ -147,7 +155,10 @@ bool scan_topk(const TopKRequest& request) {
   const bool probable = is_probable(request);
   const auto scan = [&](const TopKRequest& part, int64_t group) {
     const int64_t first = group * users, last = std::min(queries.users, first + users);
-    return probable ? scan_probably(part, first, last, padded) : scan_group(part, first, last, padded, true);
+    return scan_allowed(part, first, last, [&](const TopKRequest& allowed, int64_t begin, int64_t end) {
+      if (probable && !allowed.few) return scan_probably(allowed, begin, end, padded);
+      return scan_group(certain(allowed), begin, end, padded, true);
+    });
   };
   const TopKRequest asked = probable ? request : certain(request);
   if (request.threads > 1 && groups > kGroupsOfThread * request.threads && request.items.rows <= kFewRows)

@@ -4,11 +4,14 @@
 #include <cstdint>
 #include <functional>
 
+#include "aligned.h"
 #include "filter.h"
 #include "query_codes.h"
 #include "request.h"
 
 namespace urm {
+
+class AllowedBlocks;
 
 // How rows are scored; the result is the same.
 enum class ScanMode {
@@ -40,6 +43,11 @@ struct ScanRequest : Request {
   bool all_threads = false;           // even where the work does not pay for waking them
   std::function<bool()> interrupted;  // asked now and then on the calling thread
   ScanCounts* counts = nullptr;       // added to, where given
+  // Where masks allow few rows: these, ascending, for a scan without codes, or the blocks that hold one, and whether
+  // what is left is too little for samples.
+  const AlignedVector<uint32_t>* listed = nullptr;
+  const AllowedBlocks* blocks = nullptr;
+  bool few = false;
 };
 
 // Exact top k.
@@ -75,6 +83,7 @@ Request sampled(const Request& request, int64_t first, int64_t last, int64_t ste
   sample.overlay = request.overlay.sampled(step);
   sample.filter = request.filter.sampled(first, step);
   sample.codes = {};
+  sample.listed = nullptr, sample.blocks = nullptr;
   sample.scan = ScanMode::kExact;
   return sample;
 }

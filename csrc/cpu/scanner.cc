@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "allowed_blocks.h"
 #include "cell_bounds.h"
 #include "exact_dots.h"
 #include "float_environment.h"
@@ -19,7 +20,7 @@ constexpr int64_t kStretchRows = 192;  // whole panels of 48 and 64 rows; the pa
 
 template <class Results>
 void Scanner<Results>::run() {
-  const int64_t n = request_.items.rows;
+  const int64_t n = group_.places();
   for (;;) {
     const int64_t begin = group_.chunk_begin(group_.next_chunk.fetch_add(1, std::memory_order_relaxed));
     if (begin < 0 || group_.stop.load(std::memory_order_relaxed)) break;
@@ -74,13 +75,16 @@ template <class Results>
 bool Scanner<Results>::has_thresholds() {
   for (int64_t user = 0; user < group_.users && !has_thresholds_; ++user)
     has_thresholds_ = results_.threshold(slot_, user) > -std::numeric_limits<float>::infinity();
-  return has_thresholds_ || request_.scan == ScanMode::kBounded;
+  return has_thresholds_ || request_.few || request_.scan == ScanMode::kBounded;
 }
 
 // By their codes: all but rows behind the last block, and blocks with a replaced row, whose codes may be changing.
 // Returns how many pairs survived.
 template <class Results>
 int64_t Scanner<Results>::scan_codes(int64_t begin, int64_t end) {
+  if (request_.blocks && end <= request_.codes.rows() &&
+      !request_.blocks->any(begin / kBlockRows, (end - begin) / kBlockRows))
+    return 0;
   const int64_t coded = std::max(begin, std::min(end, request_.codes.rows()));
   int64_t survived = 0, row = begin;
   while (row < coded) {

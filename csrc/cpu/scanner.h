@@ -20,7 +20,7 @@ class Scanner {
         results_(results),
         slot_(slot),
         codes_(group, work, results, slot),
-        code_pace_(group.request.scan, group.packed.total > kDoubtfulQueries),
+        code_pace_(group.request.few ? ScanMode::kBounded : group.request.scan, group.packed.total > kDoubtfulQueries),
         pace_(group.request.scan) {}
 
   void run();

@@ -51,7 +51,7 @@ void fetch_rows(const Group& group, int64_t place, int64_t count) {
   const MatrixView& items = group.request.items;
   if (items.column_stride != 1) return;
   const int64_t row_bytes = items.columns * element_bytes(items.dtype);
-  for (const int64_t end = std::min(place + count, items.rows); place < end; ++place) {
+  for (const int64_t end = std::min(place + count, group.places()); place < end; ++place) {
     const char* row = row_address(items, group.row_at(place));
     for (int64_t byte = 0; byte < row_bytes; byte += kCacheLine) __builtin_prefetch(row + byte, 0, 2);
   }
