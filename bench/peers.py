@@ -30,7 +30,7 @@ from torch import Tensor
 from urm_kernels import ItemTable, score_topk, testing
 from urm_kernels.bench import machine
 from urm_kernels.bench.peers import SkipError
-from urm_kernels.bench.turns import PAUSE, Call, Spread, timed
+from urm_kernels.bench.turns import PAUSE, Spread, timed
 from urm_kernels.progress import progress_of
 
 _ROOT = Path(__file__).parents[1]
@@ -56,24 +56,17 @@ class Way(NamedTuple):
     at: Any
 
 
-def built_at(build: Call) -> tuple[dict[str, float], Any]:
-    """What building took: seconds, and those of processors in all threads, which other processes change little."""
-    before = time.process_time()
-    seconds, index = timed(build)
-    return {"build_s": round(seconds, 2), "processor_s": round(time.process_time() - before, 2)}, index
-
-
 def built(peer: ApproximatePeer, rows: Tensor, folder: Path) -> dict[str, float]:
     """What building took and what the index takes; built unless the folder has it."""
     record = folder / "build.json"
     if not record.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        cost, index = built_at(lambda: peer.build(rows))
+        seconds, index = timed(lambda: peer.build(rows))
         folder.mkdir(parents=True)
         peer.save(index, folder)
         held = sum(file.stat().st_size for file in folder.rglob("*"))
         held += rows.nbytes if peer.reads_rows else 0
-        record.write_text(json.dumps(cost | {"bytes_a_row": round(held / len(rows), 1)}))
+        record.write_text(json.dumps({"build_s": round(seconds, 2), "bytes_a_row": round(held / len(rows), 1)}))
     return json.loads(record.read_text())
 
 
@@ -98,7 +91,7 @@ class Ours(NamedTuple):
     name: str
     table: ItemTable
     recall: float
-    cost: dict[str, float]
+    build_s: float
 
     def search(self, queries: Tensor, k: int) -> Any:
         return score_topk(queries, self.table, k, recall=self.recall)
@@ -111,15 +104,15 @@ class Ours(NamedTuple):
 
 
 def our_tables(items: Tensor) -> list[Ours]:
-    tables = [Ours("plain", ItemTable(items), 1.0, {"build_s": 0.0, "processor_s": 0.0})]
+    tables = [Ours("plain", ItemTable(items), 1.0, 0.0)]
     for name, codes, blocks, recall in (
         ("packed", ("int4",), False, 1.0),
         ("packed int8", ("int8",), False, 1.0),
         ("packed in blocks", ("int4",), True, 1.0),
         ("recall=.99", ("int2", "int4"), False, 0.99),
     ):
-        cost, table = built_at(lambda c=codes, b=blocks: ItemTable(items).pack(c, blocks=b))
-        tables.append(Ours(name, table, recall, cost))
+        seconds, table = timed(lambda c=codes, b=blocks: ItemTable(items).pack(c, blocks=b))
+        tables.append(Ours(name, table, recall, round(seconds, 2)))
     return tables
 
 
@@ -153,7 +146,7 @@ def measured(data: str, rows: int, k: int, peers: Sequence[ApproximatePeer], fol
             left_out[peer.name] = str(reason)
     ours = our_tables(items)
     for each in ours:
-        builds[each.name] = each.cost | {"bytes_a_row": round(each.table.memory()["total"] / rows, 1)}
+        builds[each.name] = {"build_s": each.build_s, "bytes_a_row": round(each.table.memory()["total"] / rows, 1)}
     ways: dict[int, list[Way]] = {}
     asked = {}
     for count in sorted({count for _, count in SHAPES}):
@@ -196,7 +189,7 @@ def fastest(ways: Sequence[dict[str, Any]], name: str, target: float) -> dict[st
 def _say(table: dict[str, Any]) -> None:
     print(f"{table['data']}, N={table['N']:,}, r={R}, k={table['k']}: recall is the mean of {table['users']} users")
     for name, build in table["builds"].items():
-        print(f"  {name}: built in {build['processor_s']} processor s, {build['bytes_a_row']} bytes a row")
+        print(f"  {name}: built in {build['build_s']} s, {build['bytes_a_row']} bytes a row")
         for cell in table["cells"]:
             for target in TARGETS:
                 way = fastest(cell["ways"], name, target)
