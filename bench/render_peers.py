@@ -18,9 +18,11 @@ maximum; all of their settings are tried, and a cell has the fastest that reache
 it has; "-" and the best recall where none does. Ours take part with what they are: exact, whatever recall is
 asked for, except for `recall=.99` (2-bit codes). Every way has {threads} threads and its own batch interface.
 Ways take turns, in each of which a way answers all batches one after another, so that its index is as warm as
-its own calls keep it. *Bytes a row*: index and rows, all that a search needs. *Build*: seconds as they came;
-the graphs' (HNSW, hnswlib, explore_topk) while others used the cores as well. The figure draws the settings
-of a way that none of its others beats, and recall above .9999 at 1.
+its own calls keep it. IVFPQFastScan rescores up to 10 k rows a query, PQFastScan up to 64 k, ScaNN up to
+3000; graphs have 16 links and are made by inner product (explore_topk's by cosine), and others may do better
+(`bench/approximate_peers.py`). *Bytes a row*: index and rows, all that a search needs. *Build*: seconds as
+they came; the graphs' (HNSW, hnswlib, explore_topk) while others used the cores as well. The figure draws the
+settings of a way that none of its others beats, and recall above .9999 at 1.
 """
 
 
