@@ -10,8 +10,8 @@ from render_cpu import Figures, machine, ms, table
 
 from urm_kernels.bench.plot import RecallPanel
 
-_EXACT = {"packed": "packed, exact", "packed in blocks": "packed in blocks, exact"}  # in the figure
-_NOT_DRAWN = ("plain", "packed int8")
+_EXACT = {name: f"{name}, exact" for name in ("packed", "packed int8", "packed in blocks")}  # in the figure
+_NOT_DRAWN = ("plain",)
 _FIGURE = "bench_peers_cpu.png"
 _HOW = """Recall is the mean share of the exact k best rows, of {users} users. Peers search every query and merge by the
 maximum; all of their settings are tried, and a cell has the fastest that reaches the recall, with the recall

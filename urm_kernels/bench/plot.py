@@ -21,6 +21,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "read floor of codes": {"color": "#333333", "marker": "", "linestyle": "--"},
     "product floor of codes": {"color": "#009E73", "marker": "", "linestyle": "--"},
     "packed, exact": {"color": "#0072B2", "marker": "*", "linestyle": "", "markersize": 11},
+    "packed int8, exact": {"color": "#0072B2", "marker": "d", "linestyle": "", "markersize": 8},
     "packed in blocks, exact": {"color": "#000000", "marker": "P", "linestyle": "", "markersize": 8},
     "recall=.99": {"color": "#56B4E9", "marker": "X", "linestyle": "", "markersize": 8},
     "faiss IVFFlat": {"color": "#D55E00", "marker": "s", "linestyle": "-"},
