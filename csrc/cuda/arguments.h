@@ -38,12 +38,19 @@ struct Filter {
   int64_t exclude_count;
 };
 
+// The row at a place among the codes, and the place of the row of that number.
+struct Placed {
+  uint32_t row, place;
+};
+
 // A packed table's codes (csrc/common/codes.h).
 struct Codes {
   const unsigned char* blocks;
   int64_t count;              // of blocks
   const unsigned char* fine;  // or null
   const float* reference;     // of lost and norm
+  const Placed* order;        // [count * 32]; null: codes lie in the order of their rows
+  const float* bias;          // [count * 32], the table's in the order of the codes; or null
 };
 
 // Queries as they come, and what becomes of them. A user's existing queries lie side by side from the first place on;

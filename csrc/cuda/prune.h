@@ -22,6 +22,12 @@ struct GroupSlack {
   float kept, lost, error;
 };
 
+// Of the row at a place. Codes in an order of their own have the table's bias beside them; a call's own is gathered.
+__device__ __forceinline__ float bias_at(const Codes& codes, const Table& table, int64_t place) {
+  if (codes.bias) return __ldg(codes.bias + place);
+  return table.bias.data ? value_of(table.bias, row_at(codes, place)) : 0.0f;
+}
+
 // Terms of rows lane and 32 + lane of a tile, as they lie: loaded early, used late.
 struct LoadedSides {
   float scale[kTileBlocks], bias[kTileBlocks];
@@ -39,7 +45,7 @@ __device__ __forceinline__ LoadedSides load_sides(const Codes& codes, const Tabl
     out.scale[b] = __ldg(reinterpret_cast<const float*>(side) + lane_of_warp());
     out.lost[b] = __ldg(reinterpret_cast<const uint16_t*>(side + kBlockRows * 4) + lane_of_warp());
     out.norm[b] = __ldg(reinterpret_cast<const uint16_t*>(side + kBlockRows * 6) + lane_of_warp());
-    out.bias[b] = table.bias.data ? value_of(table.bias, block * kBlockRows + lane_of_warp()) : 0.0f;
+    out.bias[b] = bias_at(codes, table, block * kBlockRows + lane_of_warp());
   }
   return out;
 }

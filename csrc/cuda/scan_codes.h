@@ -21,9 +21,9 @@ __device__ inline void rescore_queue(const ScanCall& call, int64_t first_user, i
   for (int first = 0; first < queue.size; first += kWarp) {
     const int at = first + lane_of_warp();
     const uint32_t pair = at < queue.size ? queue.pairs[at] : 0;
-    const int64_t user = first_user + pair / kRowsOfTile, row = tile * kRowsOfTile + pair % kRowsOfTile;
-    const bool there = at < queue.size && user < call.users.B && row < call.codes.count * kBlockRows;
-    const bool kept = there && call.limits.wanted[user] > 0 && is_allowed(call.filter, user, row);
+    const int64_t user = first_user + pair / kRowsOfTile, place = tile * kRowsOfTile + pair % kRowsOfTile;
+    const bool there = at < queue.size && user < call.users.B && place < call.codes.count * kBlockRows;
+    const bool kept = there && call.limits.wanted[user] > 0 && is_allowed(call.filter, user, row_at(call.codes, place));
     uint32_t left = __ballot_sync(kAllLanes, kept);
     if (call.found.counts && lane_of_warp() == 0)
       atomicAdd(call.found.counts + 1, static_cast<unsigned long long>(__popc(left)));
@@ -33,8 +33,8 @@ __device__ inline void rescore_queue(const ScanCall& call, int64_t first_user, i
       const int other = __ffs(static_cast<int>(left)) - 1;  // -1: none
       left &= left - 1;
       const int from = half ? other : one;
-      const int64_t of_user = __shfl_sync(kAllLanes, user, from), of_row = __shfl_sync(kAllLanes, row, from);
-      rescore_pairs<kBits>(call, from < 0 ? -1 : of_user, from < 0 ? -1 : of_row);
+      const int64_t of_user = __shfl_sync(kAllLanes, user, from), of_place = __shfl_sync(kAllLanes, place, from);
+      rescore_pairs<kBits>(call, from < 0 ? -1 : of_user, from < 0 ? -1 : of_place);
     }
   }
   queue.size = 0;

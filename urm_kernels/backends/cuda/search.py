@@ -226,12 +226,22 @@ class _Search:
         tiles = -(-len(codes.blocks) // 2)
         call_words = (
             *self.table_words, *self.filter_words, *self.user_words,
-            codes.blocks.data_ptr(), len(codes.blocks), address(codes.fine), codes.reference.data_ptr(),
+            *self._code_words(),
             *self.codes_of_queries, *self.limit_words, *self.found_words, _rotation_roundings(codes),
         )  # fmt: skip
         self._launch(
             f"scan_codes<{bits}, {scan.steps}, {single}>", (self.card.blocks(tiles, SCAN_BLOCKS), groups), THREADS,
             scan.shared, call_words, (scan.group_users,),
+        )  # fmt: skip
+
+    def _code_words(self) -> Words:
+        """struct Codes."""
+        codes, order, bias = self.codes, None, None
+        if codes.cells is not None:
+            order, bias = codes.cells.order, codes.cells.bias if self.table.bias is not None else None
+        return (
+            codes.blocks.data_ptr(), len(codes.blocks), address(codes.fine), codes.reference.data_ptr(),
+            address(order), address(bias),
         )  # fmt: skip
 
     def _score_rows(self, first: int) -> None:
