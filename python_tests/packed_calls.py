@@ -11,7 +11,7 @@ from unittest import mock
 import simt
 import torch
 
-from urm_kernels import table_codes
+from urm_kernels import clusters, table_codes
 from urm_kernels.backends import codes as formats
 from urm_kernels.backends import cuda, select
 from urm_kernels.backends.cuda import launching, plan, search
@@ -55,7 +55,7 @@ def packed_calls(kinds, device, cell_rows=0):
             score_topk=lambda q, t, options, *rest: cuda.score_topk(q, packed(t, kinds, cell_rows), options, *rest)
         )
 
-    small = {"DENSE_ROWS": 40, "FEWEST_SAMPLED": 128, "MOST_SAMPLED": 1024}
+    small = {"DENSE_ROWS": 40, "FEWEST_SAMPLED": 128, "MOST_SAMPLED": 1024, "FEWEST_CELLED": 40, "SAMPLED_CELLS": 64}
     poisoned = mock.patch.object(search._Search, "_room", _poisoned)
     with stand_in(device), mock.patch.object(select, "choose", chosen), mock.patch.multiple(plan, **small), poisoned:
         yield
@@ -77,12 +77,15 @@ def _takes(table):
 
 
 def packed(table, kinds, cell_rows=0, seed=0):
-    """The view with codes, which the device has made; in cells of so many rows in the order of their first elements."""
+    """The view with codes, which the device has made; in cells of so many rows that are
+    alike: of one kind are those that one of a few rows is nearest to."""
     items, (rows, r) = table.items.detach(), table.items.shape
     codes = room_for(formats.rotation(r, seed).to(items.device), rows, r, kinds)
     coded = rows // formats.BLOCK * formats.BLOCK
     if cell_rows and coded:
-        order = items[:coded, 0].float().sort().indices
+        some = items[:coded].float().nan_to_num()
+        kinds_of_rows = torch.cdist(some, some[:: -(-coded // 16)]).argmin(1).int()
+        order = clusters.order_of(kinds_of_rows, some.norm(dim=1), cell_rows)
         codes = codes._replace(cells=room_for_cells(order, r, cell_rows, table.bias is not None))
     with mock.patch.object(table_codes, "encoder", return_value=cuda):
         codes = table_codes.encode(items, table.row_scale, table.bias, codes, SimpleNamespace(more=lambda rows: None))
