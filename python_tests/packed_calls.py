@@ -55,13 +55,13 @@ def packed_calls(kinds, device, cell_rows=0):
             score_topk=lambda q, t, options, *rest: cuda.score_topk(q, packed(t, kinds, cell_rows), options, *rest)
         )
 
-    small = {"DENSE_ROWS": 40, "FEWEST_SAMPLED": 128, "MOST_SAMPLED": 1024, "FEWEST_CELLED": 40, "SAMPLED_CELLS": 64}
-    poisoned = mock.patch.object(search._Search, "_room", _poisoned)
+    small = {"DENSE_ROWS": 40, "FEWEST_SAMPLED": 128, "MOST_SAMPLED": 1024, "FEWEST_LISTED": 40, "SAMPLED_CELLS": 64}
+    poisoned = mock.patch.object(search.Search, "room", _poisoned)
     with stand_in(device), mock.patch.object(select, "choose", chosen), mock.patch.multiple(plan, **small), poisoned:
         yield
 
 
-_room = search._Search._room
+_room = search.Search.room
 
 
 def _poisoned(self, dtype, *shape):

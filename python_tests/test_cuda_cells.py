@@ -10,12 +10,13 @@ import pytest
 import torch
 from packed_calls import packed
 from support import INF, NAN, assert_same_bits, by_reference
+from support import packed as bit_set
 from test_cuda_packed import CPU, generator
 
 from urm_kernels import ItemTable, TopK
 from urm_kernels.backends import codes as formats
 from urm_kernels.backends import cuda, reference_codes
-from urm_kernels.backends.cuda import launching, plan, search
+from urm_kernels.backends.cuda import launching, plan, search, tiles
 from urm_kernels.backends.table_view import ScanOptions, TableView
 from urm_kernels.testing import make_items, make_queries
 
@@ -26,7 +27,7 @@ KINDS = ["clustered", "decay", "iid", "norms", "sparse", "giant", "equal"]
 def _stand_in(monkeypatch):
     if reason := packed_calls.why_not(CPU):
         pytest.skip(reason)
-    small = {"DENSE_ROWS": 40, "FEWEST_SAMPLED": 128, "MOST_SAMPLED": 1024, "FEWEST_CELLED": 40, "SAMPLED_CELLS": 64}
+    small = {"DENSE_ROWS": 40, "FEWEST_SAMPLED": 128, "MOST_SAMPLED": 1024, "FEWEST_LISTED": 40, "SAMPLED_CELLS": 64}
     for name, value in small.items():
         monkeypatch.setattr(plan, name, value)
     with packed_calls.stand_in():
@@ -58,18 +59,18 @@ class Asked:
     def __init__(self, queries, view, k, **options):
         self.queries, self.view, self.k, self.options = queries, view, k, options
         self.cells, (users, places, _) = view.codes.cells, queries.shape
-        sizes = plan.make_plan(users, places, *view.items.shape, k, self.cells.number())
+        sizes = plan.make_plan(users, places, *view.items.shape, k, self.cells.number() if self.cells else 0)
         ((_, call),) = search._calls(queries, view, ScanOptions(**options), places, users)
         self.launches, self.counts = Launches(), torch.zeros(5, dtype=torch.int64)
         arguments = (view, k, sizes, self.launches, cuda.card(CPU), self.counts, torch.zeros(1, dtype=torch.int64))
-        self.search = search._Search(call, *arguments)
+        self.search = search.Search(call, *arguments)
         self.found = TopK(torch.empty(users, k), torch.empty(users, k, dtype=torch.int64))
         self.search.run(*self.found)
-        self.sizes = plan.plan_cells(users, places, k, self.cells.number(), self.cells.rows)
-        bounds = self.launches.given["set_promise"][0][3]
-        self.bounds = self.launches.floats(bounds, users, self.cells.number())
         step, _, _, self.threshold, self.limit, self.inverse = self.search.per_user
         self.step = step[:, None]
+        if self.cells:
+            bounds = self.launches.given["set_promise"][0][3]
+            self.bounds = self.launches.floats(bounds, users, self.cells.number())
 
     def reaching(self, room=0.0):
         """bool [users, cells], by a limit that is lower by some share of what it is made of."""
@@ -130,9 +131,9 @@ def test_rows_of_promising_cells_are_scored_where_they_may_be_returned(cell_rows
     mask = torch.rand(3, 2500, generator=generator(2)) < 0.7
     exclude = torch.randint(2500, (3, 50), generator=generator(3))
     call = asked("decay", 3, places, 9, cell_rows=cell_rows, mask=mask, exclude=exclude)
-    most, taken = call.launches.given["score_promising"][7][0], call.launches.given["score_promising"][8][0]
+    most, taken = call.launches.given["score_promising"][8][0], call.launches.given["score_promising"][9][0]
     promise = call.launches.floats(call.launches.given["set_promise"][-1][0], 3)
-    taken, scores = call.launches.integers(taken, 3), call.launches.given["score_promising"][9][0]
+    taken, scores = call.launches.integers(taken, 3), call.launches.given["score_promising"][10][0]
     scores = call.launches.floats(scores, 3, most * cell_rows)
     mask.scatter_(1, exclude, False)
     canonical = by_reference(call.queries, call.view.items, 2500, mask=mask)
@@ -159,7 +160,7 @@ def test_tiles_are_listed_that_some_user_of_the_column_group_needs(monkeypatch, 
     call = asked("decay", 11, 2, 15, cell_rows=cell_rows, bias=bias, reduce=reduce)
     of_group = call.search.scan.group_users
     assert of_group < 11
-    (tiles_at, count_at, room) = call.launches.given["list_tiles"][5]
+    (tiles_at, count_at, room) = call.launches.given["list_tiles"][6]
     counts, blocks = call.launches.integers(count_at, -(-11 // of_group)), len(call.view.codes.blocks)
     cell = torch.arange(blocks) // (cell_rows // formats.BLOCK)
     behind = cell >= call.cells.number()
@@ -202,12 +203,12 @@ def test_cells_that_cannot_help_are_not_asked(monkeypatch):
     """Of small tables, and beside a bias of the call's own."""
     items, bias = make_items("decay", 2000, 16, 0), torch.randn(2000, generator=generator(5))
     celled = packed(TableView(items), ("int4",), 64)
-    assert search._cells_asked(celled) is not None
-    assert search._cells_asked(celled._replace(bias=bias)) is None
-    assert search._cells_asked(packed(TableView(items, bias), ("int4",), 64)) is not None
-    assert search._cells_asked(packed(TableView(items), ("int4",), 4096)) is None  # no whole cell
-    monkeypatch.setattr(plan, "FEWEST_CELLED", 2001)
-    assert search._cells_asked(celled) is None
+    assert tiles.cells_asked(celled) is not None
+    assert tiles.cells_asked(celled._replace(bias=bias)) is None
+    assert tiles.cells_asked(packed(TableView(items, bias), ("int4",), 64)) is not None
+    assert tiles.cells_asked(packed(TableView(items), ("int4",), 4096)) is None  # no whole cell
+    monkeypatch.setattr(plan, "FEWEST_LISTED", 2001)
+    assert tiles.cells_asked(celled) is None
 
 
 def test_users_without_a_bound_or_without_queries_among_others():
@@ -243,3 +244,64 @@ def test_sizes_of_what_promises(users, places, k):
         assert sizes.promising == cells or sizes.promising * cell_rows >= 2 * k
         scored = sizes.promising * cell_rows
         assert scored <= max(4 * k + 64 * cell_rows, 2 * plan.PROMISING_DOTS // (users * places)) or scored >= rows
+
+
+def masked(share, form, alive):
+    """(mask, bits of rows that have not been removed, bool of rows that both allow), of 2500 rows."""
+    mask = torch.rand(2500, generator=generator(6)) < share
+    there = torch.ones(2500, dtype=torch.bool)
+    if alive:
+        there[::3] = False
+    given = bit_set(mask) if form == "bits" else mask.repeat_interleave(3)[::3] if form == "strided" else mask
+    return given, bit_set(there) if alive else None, mask & there
+
+
+@pytest.mark.parametrize("alive", [False, True])
+@pytest.mark.parametrize("form", ["bytes", "bits", "strided"])
+@pytest.mark.parametrize(("share", "cell_rows"), [(0.005, 0), (0.4, 0), (0.005, 64), (0.02, 96), (0.4, 64), (0.0, 32)])
+def test_tiles_of_allowed_rows_are_marked(share, cell_rows, form, alive):
+    """In an order of their own unless more than one row in 16 is allowed."""
+    items = make_items("decay", 2500, 16, 0)
+    mask, bits, both = masked(share, form, alive)
+    view = packed(TableView(items, alive=bits), ("int4",), cell_rows)
+    call = Asked(make_queries("decay", 2, 2, 16, 1, items), view, 11, mask=mask)
+    marked, everything = call.launches.given["mark_allowed"][2]
+    marked = call.launches.integers(marked, -(-len(view.codes.blocks) // 64))
+    marked = (marked[:, None] >> torch.arange(32) & 1).flatten().bool()
+    rows = torch.arange(len(view.codes.blocks) * 32)
+    places = rows if view.codes.cells is None else view.codes.cells.order[:, 1].long()
+    wanted = torch.zeros_like(marked).index_fill_(0, places[both[rows]] // 64, True)
+    dense = cell_rows > 0 and share > 0.1
+    assert bool(call.launches.integers(everything, 1)) == dense
+    assert torch.equal(marked, torch.zeros_like(marked) if dense else wanted)
+    assert_same_bits(call.found, by_reference(call.queries, items, 11, mask=both))
+
+
+@pytest.mark.parametrize("cell_rows", [0, 64])
+@pytest.mark.parametrize("users", [1, 2])
+def test_tiles_without_an_allowed_row_are_not_read(cell_rows, users):
+    """A mask of four blocks in packed order; masks of several users of their own are asked of survivors alone."""
+    items = make_items("iid", 6400, 16, 0)
+    view = packed(TableView(items), ("int4",), cell_rows)
+    rows = view.codes.cells.order[256:384, 0].long() if cell_rows else torch.arange(256, 384)
+    mask = torch.zeros(6400, dtype=torch.bool).index_fill_(0, rows, True)
+    queries, block = make_queries("iid", users, 2, 16, 1, items), view.codes.blocks.shape[1]
+    shared = Asked(queries, view, 11, mask=mask)
+    assert_same_bits(shared.found, by_reference(queries, items, 11, mask=mask))
+    cells = len(view.codes.cells.blocks) * view.codes.cells.blocks.shape[1] if cell_rows else 0
+    assert shared.counts[0] <= 4 * block + cells + 128 * users * 64
+    own = Asked(queries, view, 11, mask=mask.expand(users, -1))
+    assert_same_bits(own.found, shared.found)
+    assert users == 1 or own.counts[0] >= 200 * block
+
+
+def test_a_mask_of_few_rows_does_not_hide_which_cells_promise():
+    """Cells without an allowed row are none of the promising ones, and the threshold leaves out others as well."""
+    items = make_items("clustered", 20_000, 16, 0)
+    view = TableView(items, codes=ItemTable(items).pack(blocks=64).codes())
+    mask = torch.rand(20_000, generator=generator(7)) < 0.02
+    queries = make_queries("clustered", 3, 2, 16, 1, items)
+    call = Asked(queries, view, 10, mask=mask)
+    assert_same_bits(call.found, by_reference(queries, items, 10, mask=mask))
+    held = mask[call.cells.order[: call.cells.number() * 64, 0].long()].view(-1, 64).any(1)
+    assert call.counts[4] > 3 * int((~held).sum()) + 0.1 * 3 * int(held.sum())

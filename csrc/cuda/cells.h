@@ -3,84 +3,99 @@
 // all users of a column group, are left out of the scan.
 #pragma once
 
+#include "allowed.h"
 #include "prune.h"
-#include "threshold.h"
 
 namespace urm {
 
-// The user's side of a test of bounds.
-struct CellTest {
+// Whether a tile that the cell has a part of may hold an allowed row.
+__device__ inline bool cell_may_hold(const Cells& cells, const Allowed& allowed, int64_t cell) {
+  const int64_t end = (cell + 1) * cells.blocks_of_cell;
+  for (int64_t tile = cell * cells.blocks_of_cell / kTileBlocks; tile * kTileBlocks < end; ++tile)
+    if (may_hold(allowed, tile)) return true;
+  return false;
+}
+
+// Cells as one user sees them.
+struct CellsOfUser {
+  const float *bounds, *most;
   UserLimit limit;
   float relative;
   bool general;
 
-  __device__ CellTest(const Cells& cells, const Users& users, const Limits& limits, int64_t user, float relative)
-      : limit{limits.limit[user], limits.inverse[user]}, relative(relative), general(cells.most || users.log_sum_exp) {}
+  __device__ CellsOfUser(const Cells& cells, const Users& users, const Limits& limits, int64_t user, float excess)
+      : bounds(cells.bounds + user * cells.count), most(cells.most) {
+    limit = {limits.limit[user], limits.inverse[user]};
+    relative = excess;
+    general = most || users.log_sum_exp;
+  }
 
-  // Of bounds [count] of the user.
-  __device__ bool cell_reaches(const Cells& cells, const float* bounds, int64_t cell) const {
-    const float bound = bounds[cell], bias = cells.most ? __ldg(cells.most + cell) : 0.0f;
+  // Whether a row of the cell may reach the threshold.
+  __device__ bool reach(int64_t cell) const {
+    const float bound = bounds[cell], bias = most ? __ldg(most + cell) : 0.0f;
     return general ? reaches<true>(bound, bias, limit, relative) : reaches<false>(bound, bias, limit, relative);
   }
 
   // What cells are ranked by.
-  __device__ float promise_of(const Cells& cells, const float* bounds, int64_t cell) const {
-    return cells.most ? fused_multiply_add(__ldg(cells.most + cell), limit.inverse, bounds[cell]) : bounds[cell];
+  __device__ float promise_of(int64_t cell) const {
+    return most ? fused_multiply_add(__ldg(most + cell), limit.inverse, bounds[cell]) : bounds[cell];
   }
 };
 
-constexpr int64_t kMostLeft = 10;  // tenths of the cells; more, and a promising cell is none
+constexpr int64_t kTenths = 10, kMostLeft = 9;  // of the cells; more, and no cell is promising
 
-// One block a user: promise [B], what about as many cells are worth as are asked for: the value at `rank` among one of
-// every `step` cells, `sample` of them. +inf, which nothing is worth, where nine tenths of these may hold a row that
-// reaches the threshold as it is: their bounds do not tell good rows from others.
+// One block a user: promise [B], the rank-th best promise among one of every `step` cells, `sample` of them. +inf,
+// which no cell has, where nine tenths of these may hold a row that reaches the threshold as it is: their bounds do not
+// tell good rows from others.
 //
 // Shared memory: kSelectShared.
-__global__ void set_promise(Cells cells, Users users, Limits limits, int64_t step, int64_t sample, int64_t rank,
-                            float* promise) {
+__global__ void set_promise(Cells cells, Allowed allowed, Users users, Limits limits, int64_t step, int64_t sample,
+                            int64_t rank, float* promise) {
   URM_DYNAMIC_SHARED(shared);
   unsigned int* reaching = reinterpret_cast<unsigned int*>(shared);
   const int64_t user = blockIdx.x;
-  const float* bounds = cells.bounds + user * cells.count;
-  const CellTest test(cells, users, limits, user, relative_excess(users));
+  const CellsOfUser own(cells, users, limits, user, relative_excess(users));
   const auto cell_at = [=](int64_t i) {
     const int64_t cell = sampled_row(i, step);
     return cell < cells.count ? cell : cells.count - 1;
   };
   if (threadIdx.x == 0) *reaching = 0;
   __syncthreads();
-  unsigned int own = 0;
-  for (int64_t i = threadIdx.x; i < sample; i += blockDim.x) own += test.cell_reaches(cells, bounds, cell_at(i));
-  atomicAdd(reaching, own);
+  unsigned int found = 0;
+  for (int64_t i = threadIdx.x; i < sample; i += blockDim.x)
+    found += own.reach(cell_at(i)) && cell_may_hold(cells, allowed, cell_at(i));
+  atomicAdd(reaching, found);
   __syncthreads();
-  const bool tells = *reaching * kMostLeft < 9 * sample;
+  const bool tells = *reaching * kTenths < kMostLeft * sample;
   __syncthreads();
-  float found = infinity();
+  float least = infinity();
   if (tells) {
     const auto key_of = [&](int64_t i) {
-      return static_cast<uint64_t>(ordered_bits(test.promise_of(cells, bounds, cell_at(i)))) << 32;
+      const int64_t cell = cell_at(i);
+      const float value = cell_may_hold(cells, allowed, cell) ? own.promise_of(cell) : -infinity();
+      return static_cast<uint64_t>(ordered_bits(value)) << 32;
     };
-    found = key_score(key_at_rank(sample, rank, shared, key_of, 4));
+    least = key_score(key_at_rank(sample, rank, shared, key_of, 4));
   }
-  if (threadIdx.x == 0) promise[user] = limits.wanted[user] > 0 ? found : infinity();
+  if (threadIdx.x == 0) promise[user] = limits.wanted[user] > 0 ? least : infinity();
 }
 
 // Exact scores of all rows of a user's promising cells, at most `most` cells: scores [B, most, rows of a cell], which
 // are -inf at first and stay that where a row may not be returned. Programs: (any number, users); taken [B] is zero at
 // first.
-__global__ void score_promising(Table table, Users users, Filter filter, Codes codes, Cells cells, Limits limits,
-                                const float* promise, int64_t most, unsigned int* taken, float* scores) {
+__global__ void score_promising(Table table, Users users, Filter filter, Codes codes, Cells cells, Allowed allowed,
+                                Limits limits, const float* promise, int64_t most, unsigned int* taken, float* scores) {
   const int64_t user = blockIdx.y, rows_of_cell = cells.blocks_of_cell * kBlockRows;
-  const float least = promise[user], *bounds = cells.bounds + user * cells.count;
+  const float least = promise[user];
   if (least == infinity()) return;
-  const CellTest test(cells, users, limits, user, relative_excess(users));
+  const CellsOfUser of_user(cells, users, limits, user, relative_excess(users));
   const int half = lane_of_warp() / kLanes, own = lane_of_warp() % kLanes / kTileQueries;
   // Promising cells are neighbours: the lanes of a warp look at cells that lie apart.
   for (int64_t first = warp_of_grid(); first < cells.count; first += kWarp * warps_of_grid()) {
     const int64_t mine = first + lane_of_warp() * warps_of_grid();
-    uint32_t left = __ballot_sync(
-        kAllLanes, mine < cells.count && !(test.promise_of(cells, bounds, mine < cells.count ? mine : 0) < least));
-    for (; left; left &= left - 1) {
+    const bool promising =
+        mine < cells.count && !(of_user.promise_of(mine) < least) && cell_may_hold(cells, allowed, mine);
+    for (uint32_t left = __ballot_sync(kAllLanes, promising); left; left &= left - 1) {
       const int64_t cell = first + (__ffs(static_cast<int>(left)) - 1) * warps_of_grid();
       unsigned int slot = 0;
       if (lane_of_warp() == 0) slot = atomicAdd(taken + user, 1u);
@@ -99,30 +114,28 @@ __global__ void score_promising(Table table, Users users, Filter filter, Codes c
   }
 }
 
-// The tiles that may hold a row that one of a column group's users is given, in any order. Programs: (any number,
-// column groups); lists.count is zero at first.
-__global__ void list_tiles(Codes codes, Cells cells, Users users, Limits limits, int64_t group_users, TileLists lists,
-                           unsigned long long* counts) {
+// The tiles that may hold a row that one of a column group's users is given, in any order; of a table without cells
+// (their count is 0), those that a mask leaves. Programs: (any number, column groups); lists.count is zero at first.
+__global__ void list_tiles(Codes codes, Cells cells, Allowed allowed, Users users, Limits limits, int64_t group_users,
+                           TileLists lists, unsigned long long* counts) {
   const int64_t first_user = static_cast<int64_t>(blockIdx.y) * group_users;
   const int64_t last_user = first_user + group_users < users.B ? first_user + group_users : users.B;
   const int64_t tiles = tiles_of(codes);
-  const float relative = relative_excess(users);
+  const float excess = relative_excess(users);
   int64_t asked = 0, left_out = 0;
   for (int64_t first = warp_of_grid() * kWarp; first < tiles; first += warps_of_grid() * kWarp) {
     const int64_t tile = first + lane_of_warp();
-    bool wanted = false;
+    bool reach = false;
     int64_t begun = 0;  // cells, in this tile
-    for (int b = 0; b < kTileBlocks; ++b) {
-      const int64_t block = tile * kTileBlocks + b, cell = block / cells.blocks_of_cell;
-      if (block >= codes.count) continue;
-      if (cell >= cells.count) wanted = true;
+    for (int64_t block = tile * kTileBlocks; block < (tile + 1) * kTileBlocks && block < codes.count; ++block) {
+      const int64_t cell = block / cells.blocks_of_cell;
+      reach |= cell >= cells.count;
       if (cell >= cells.count) continue;
       begun += block % cells.blocks_of_cell == 0;
-      for (int64_t user = first_user; user < last_user && !wanted; ++user)
-        wanted =
-            limits.wanted[user] > 0 &&
-            CellTest(cells, users, limits, user, relative).cell_reaches(cells, cells.bounds + user * cells.count, cell);
+      for (int64_t user = first_user; user < last_user && !reach; ++user)
+        reach = limits.wanted[user] > 0 && CellsOfUser(cells, users, limits, user, excess).reach(cell);
     }
+    const bool wanted = reach && may_hold(allowed, tile);
     asked += begun;
     left_out += wanted ? 0 : begun;
     const uint32_t votes = __ballot_sync(kAllLanes, wanted);

@@ -11,7 +11,7 @@
   each(urm::encode_rows) each(urm::prepare_queries) each(urm::encode_queries) each(urm::sample_maxima) \
   each(urm::set_limits) each(urm::begin_second_way) each(urm::count_digits) each(urm::collect_unproven) \
   each(urm::score_rows) each(urm::select_keys) each(urm::set_promise) each(urm::score_promising) \
-  each(urm::list_tiles)
+  each(urm::list_tiles) each(urm::mark_allowed)
 #define URM_SCANS(each)                                                                              \
   each(urm::scan_codes<2, 0, false>) each(urm::scan_codes<2, 0, true>) each(urm::scan_codes<2, 2, false>) \
   each(urm::scan_codes<2, 2, true>) each(urm::scan_codes<2, 4, false>) each(urm::scan_codes<2, 4, true>)  \

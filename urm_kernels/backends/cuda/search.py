@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import codes as formats
-from ..codes import CELL_BITS, Cells, Codes
+from ..codes import CELL_BITS, Codes
 from ..table_view import ScanOptions, TableView
-from . import plan as plans
 from .encoding import rotation_words
 from .launching import Launcher, Words, address, table_words
-from .plan import SCAN_BLOCKS, SORTED, THREADS, Card, Plan, columns_of_user, make_plan, plan_cells, plan_scan
+from .plan import SCAN_BLOCKS, SORTED, THREADS, Card, Plan, columns_of_user, make_plan, plan_scan
+from .tiles import cells_asked, list_tiles
 
 _COMBINE = {"max": 0, "logsumexp": 0, "sum": 1, "mean": 2}
 _SELECT_THREADS, _SELECT_SHARED = 512, 256 * 4 + 16  # kSelectShared
@@ -61,20 +61,11 @@ def search(
     if rows == 0 or queries.shape[1] == 0:
         return Found(scores.fill_(-torch.inf), ids.fill_(-1), unproven)
     places = queries.shape[1] if options.reduce in ("max", "logsumexp") else 1
-    cells = _cells_asked(table)
+    cells = cells_asked(table)
     plan = make_plan(users, places, rows, table.items.shape[1], k, cells.number() if cells else 0)
     for part, call in _calls(queries, table, options, places, plan.group):
-        _Search(call, table, k, plan, launcher, card, counts, unproven).run(scores[part], ids[part])
+        Search(call, table, k, plan, launcher, card, counts, unproven).run(scores[part], ids[part])
     return Found(scores, ids, unproven)
-
-
-def _cells_asked(table: TableView) -> Cells | None:
-    """Those of the table's codes, where they pay: not in small tables, nor with a bias that they do not know."""
-    assert table.codes is not None
-    cells = table.codes.cells
-    if cells is None or not cells.number() or len(table.items) < plans.FEWEST_CELLED:
-        return None
-    return None if table.bias is not None and cells.most is None else cells
 
 
 def _calls(
@@ -98,7 +89,7 @@ def _calls(
         )
 
 
-class _Search:
+class Search:
     """The launches for one group of users."""
 
     def __init__(
@@ -114,18 +105,18 @@ class _Search:
     ) -> None:
         assert table.codes is not None
         self.call, self.table, self.codes, self.k, self.plan = call, table, table.codes, k, plan
-        self.cells = None if plan.dense else _cells_asked(table)
+        self.cells = None if plan.dense else cells_asked(table)
         self.launcher, self.card, self.unproven = launcher, card, unproven
         self.held: list[Tensor] = []  # until the launches that write them are queued
         users, (rows, r) = len(call.queries), table.items.shape
         self.users, self.rows, self.r = users, rows, r
-        self.packed, self.rotated = self._floats(2, users, call.places, r).unbind()
-        self.largest = self._floats(users, call.places)
-        self.existing = self._room(torch.int32, users)
-        self.per_user = self._floats(6, users)  # step, kept and lost at most, threshold, limit, inverse
-        self.wanted = self._room(torch.int64, users)
-        self.keys = self._room(torch.int64, users, plan.capacity)
-        self.found = self._room(torch.int32, users)
+        self.packed, self.rotated = self.floats(2, users, call.places, r).unbind()
+        self.largest = self.floats(users, call.places)
+        self.existing = self.room(torch.int32, users)
+        self.per_user = self.floats(6, users)  # step, kept and lost at most, threshold, limit, inverse
+        self.wanted = self.room(torch.int64, users)
+        self.keys = self.room(torch.int64, users, plan.capacity)
+        self.found = self.room(torch.int32, users)
         self.found_words = (self.keys.data_ptr(), self.found.data_ptr(), plan.capacity, address(counts))
         self.table_words = table_words(table.items, table.bias, table.row_scale)
         self.user_words = (
@@ -143,10 +134,10 @@ class _Search:
     def run(self, scores: Tensor, ids: Tensor) -> None:
         self._prepare()
         if self.plan.dense:
-            self._set_limits(None)
+            self.set_limits(None)
             self._score_rows(0)
         else:
-            self._set_limits(self._sample())
+            self.set_limits(self._sample())
             self._scan()
             coded = len(self.codes.blocks) * formats.BLOCK
             if coded < self.rows:
@@ -154,20 +145,20 @@ class _Search:
             self._second_way()
         self._select(scores, ids)
 
-    def _room(self, dtype: torch.dtype, *shape: int) -> Tensor:
+    def room(self, dtype: torch.dtype, *shape: int) -> Tensor:
         made = torch.empty(shape, dtype=dtype, device=self.call.queries.device)
         self.held.append(made)
         return made
 
-    def _floats(self, *shape: int) -> Tensor:
-        return self._room(torch.float32, *shape)
+    def floats(self, *shape: int) -> Tensor:
+        return self.room(torch.float32, *shape)
 
-    def _zeros(self, count: int) -> Tensor:
+    def zeros(self, count: int) -> Tensor:
         made = torch.zeros(count, dtype=torch.int32, device=self.call.queries.device)
         self.held.append(made)
         return made
 
-    def _launch(self, name: str, grid: tuple[int, int], threads: int, shared: int, *arguments: Words) -> None:
+    def launch(self, name: str, grid: tuple[int, int], threads: int, shared: int, *arguments: Words) -> None:
         self.launcher.launch(f"urm::{name}", grid, threads, shared, list(arguments))
 
     def _filter(self) -> Words:
@@ -186,7 +177,7 @@ class _Search:
         _, kept, lost = self.most_words
         exists = address(call.exists)
         threads = THREADS if r <= _WIDEST_BLOCK else 32
-        self._launch(
+        self.launch(
             "prepare_queries", (self.card.blocks(users * call.places), 1), threads, threads // 32 * r * 4,
             (call.queries.data_ptr(),), (exists,), (users,), (call.queries.shape[1],), (call.combine,), (call.places,),
             rotation_words(codes, r), (self.packed.data_ptr(),), (self.rotated.data_ptr(),),
@@ -200,15 +191,15 @@ class _Search:
         """struct QueryCodes, beside codes of so many bits."""
         scan, places, width = self.scan, self.call.places, columns_of_user(self.call.places)
         products = -(-self.users * width // 8)
-        fragments = self._room(torch.int32, products, scan.step_pairs, 32, 4)
-        starts, row_starts = self._room(torch.int32, 2, products * 8).unbind()
-        words = self._room(torch.int32, self.users, formats.quads(self.r), width)
-        kept, lost = self._floats(2, products * 8).unbind()
+        fragments = self.room(torch.int32, products, scan.step_pairs, 32, 4)
+        starts, row_starts = self.room(torch.int32, 2, products * 8).unbind()
+        words = self.room(torch.int32, self.users, formats.quads(self.r), width)
+        kept, lost = self.floats(2, products * 8).unbind()
         made = (
             fragments.data_ptr(), starts.data_ptr(), width, scan.step_pairs, words.data_ptr(), row_starts.data_ptr(),
             kept.data_ptr(), lost.data_ptr(), *self.most_words,
         )  # fmt: skip
-        self._launch(
+        self.launch(
             "encode_queries", (self.card.blocks(self.users * width), 1), THREADS, 0,
             (self.users,), (places,), (self.r,), (bits,), (int(fine),), (self.rotated.data_ptr(),),
             (self.largest.data_ptr(),), (self.existing.data_ptr(),), (reference.data_ptr(),), made,
@@ -217,18 +208,18 @@ class _Search:
 
     def _sample(self) -> Tensor:
         plan = self.plan
-        maxima = self._floats(self.users, plan.slots)
-        self._launch(
+        maxima = self.floats(self.users, plan.slots)
+        self.launch(
             "sample_maxima", (self.card.blocks(-(-plan.slots // 8)), 1), THREADS, 0,
             self.table_words, self.user_words, self.filter_words, (plan.step,), (plan.sample,), (plan.slots,),
             (plan.turns,), (maxima.data_ptr(),),
         )  # fmt: skip
         return maxima
 
-    def _set_limits(self, maxima: Tensor | None, rank: int | None = None) -> None:
+    def set_limits(self, maxima: Tensor | None, rank: int | None = None) -> None:
         """From the best maxima of each user; with a rank of their own thresholds that are there only rise."""
         slots = 0 if maxima is None else maxima.shape[1]
-        self._launch(
+        self.launch(
             "set_limits", (self.users, 1), 256, _SELECT_SHARED,
             (self.k,), (self.plan.rank if rank is None else rank,), (address(maxima),), (slots,),
             (int(rank is not None),), self.user_words, (self.largest.data_ptr(),), self.codes_of_queries,
@@ -239,11 +230,10 @@ class _Search:
         codes, bits = self.codes, formats.bits_of(self.codes, self.r)
         if len(codes.blocks) == 0:
             return
-        lists = (0, 0, 0) if self.cells is None else self._list_tiles(self.cells)
-        words = (self.table_words, self._code_words(), self.codes_of_queries)
-        self._products(f"scan_codes<{bits}, ", len(codes.blocks), words, lists)
+        words = (self.table_words, self.code_words(), self.codes_of_queries)
+        self.products(f"scan_codes<{bits}, ", len(codes.blocks), words, list_tiles(self))
 
-    def _products(self, kernel: str, blocks: int, words: tuple[Words, Words, Words], more: Words) -> None:
+    def products(self, kernel: str, blocks: int, words: tuple[Words, Words, Words], more: Words) -> None:
         """Of blocks of codes and all queries. words: the table's, its codes' and the queries'."""
         scan, (table, codes, queries) = self.scan, words
         single = "true" if columns_of_user(self.call.places) == 1 else "false"
@@ -252,44 +242,11 @@ class _Search:
             _rotation_roundings(self.codes),
         )  # fmt: skip
         grid = (self.card.blocks(-(-blocks // 2), SCAN_BLOCKS), -(-self.users // scan.group_users))
-        self._launch(
+        self.launch(
             f"{kernel}{scan.steps}, {single}>", grid, THREADS, scan.shared, call_words, (scan.group_users,), more
         )
 
-    def _list_tiles(self, cells: Cells) -> Words:
-        """Thresholds rise to what the rows of the most promising cells reach. struct TileLists, of the tiles that are
-        not below them."""
-        count, users = cells.number(), self.users
-        sizes = plan_cells(users, self.call.places, self.k, count, cells.rows)
-        bounds, promise = self._floats(users, count), self._floats(users)
-        most = cells.most if self.table.bias is not None else None
-        cell_words = (count, cells.rows // formats.BLOCK, address(most), bounds.data_ptr())
-        table = (0, 0, count, self.r, *[0] * 8)  # its rows and their width
-        codes = (cells.blocks.data_ptr(), len(cells.blocks), 0, cells.reference.data_ptr(), 0, 0)
-        self._products("bound_cells<", len(cells.blocks), (table, codes, self.queries_of_cells), (bounds.data_ptr(),))
-        self._launch(
-            "set_promise", (users, 1), _SELECT_THREADS, _SELECT_SHARED,
-            cell_words, self.user_words, self.limit_words, (sizes.step,), (sizes.sample,), (sizes.rank,),
-            (promise.data_ptr(),),
-        )  # fmt: skip
-        groups, tiles = -(-users // self.scan.group_users), -(-len(self.codes.blocks) // 2)
-        taken, listed = self._zeros(users), self._zeros(groups)
-        scores = self._floats(users, sizes.promising * cells.rows).fill_(-torch.inf)
-        self._launch(
-            "score_promising", (self.card.blocks(-(-count // 32)), users), THREADS, 0,
-            self.table_words, self.user_words, self.filter_words, self._code_words(), cell_words, self.limit_words,
-            (promise.data_ptr(),), (sizes.promising,), (taken.data_ptr(),), (scores.data_ptr(),),
-        )  # fmt: skip
-        self._set_limits(scores, self.k)
-        lists = (self._room(torch.int32, groups, tiles).data_ptr(), listed.data_ptr(), tiles)
-        self._launch(
-            "list_tiles", (self.card.blocks(-(-tiles // 32)), groups), THREADS, 0,
-            self._code_words(), cell_words, self.user_words, self.limit_words, (self.scan.group_users,), lists,
-            self.found_words[-1:],
-        )  # fmt: skip
-        return lists
-
-    def _code_words(self) -> Words:
+    def code_words(self) -> Words:
         """struct Codes."""
         codes, order, bias = self.codes, None, None
         if codes.cells is not None:
@@ -300,30 +257,30 @@ class _Search:
         )  # fmt: skip
 
     def _score_rows(self, first: int) -> None:
-        self._launch(
+        self.launch(
             "score_rows", (self.card.blocks(-(-(self.rows - first) // 8)), self.users), THREADS, 0,
             self.table_words, self.user_words, self.filter_words, self.limit_words, self.found_words, (first,),
         )  # fmt: skip
 
     def _second_way(self) -> None:
-        left = self._zeros(self.users + 1)
-        histograms = self._room(torch.int32, self.users, _PASSES, _PASS_BINS)
+        left = self.zeros(self.users + 1)
+        histograms = self.room(torch.int32, self.users, _PASSES, _PASS_BINS)
         second = (self.unproven.data_ptr(), left.data_ptr(), histograms.data_ptr())
-        self._launch(
+        self.launch(
             "begin_second_way", (self.users, 1), 256, 0, (self.users,), self.limit_words, self.found_words, second
         )
         grid = (self.card.blocks(-(-self.rows // 8), 4), 1)
         rows = (self.table_words, self.user_words, self.filter_words, self.limit_words, self.found_words, second)
         for number in range(_PASSES):
-            self._launch("count_digits", grid, THREADS, _PASS_BINS * 4, *rows, (number,))
-        self._launch("collect_unproven", grid, THREADS, 0, *rows)
+            self.launch("count_digits", grid, THREADS, _PASS_BINS * 4, *rows, (number,))
+        self.launch("collect_unproven", grid, THREADS, 0, *rows)
 
     def _select(self, scores: Tensor, ids: Tensor) -> None:
         itself = self.k <= SORTED
-        best = None if itself else self._room(torch.int64, self.users, self.k)
+        best = None if itself else self.room(torch.int64, self.users, self.k)
         sorted_keys = 1 << max(min(self.k, self.plan.capacity) - 1, 0).bit_length()
         shared = _SELECT_SHARED + (8 * sorted_keys if itself else 0)
-        self._launch(
+        self.launch(
             "select_keys", (self.users, 1), _SELECT_THREADS, shared,
             (self.keys.data_ptr(),), (self.found.data_ptr(),), (self.plan.capacity,), (self.k,),
             (scores.data_ptr(),), (ids.data_ptr(),), (address(best),),
