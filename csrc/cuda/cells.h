@@ -42,54 +42,53 @@ struct CellsOfUser {
   }
 };
 
-constexpr int64_t kTenths = 10, kMostLeft = 9;  // of the cells; more, and no cell is promising
+// Where not even one cell in so many is below a threshold that was guessed, bounds do not tell good rows from others.
+constexpr int64_t kLeftOutOf = 64;
 
-// One block a user: promise [B], the rank-th best promise among one of every `step` cells, `sample` of them. +inf,
-// which no cell has, where nine tenths of these may hold a row that reaches the threshold as it is: their bounds do not
-// tell good rows from others.
+// One block a user: promise [B], the rank-th best promise among one of every `step` cells, `sample` of them; +inf,
+// which no cell has, where bounds are no use.
 //
-// Shared memory: kSelectShared.
+// Shared memory: kSelectShared, and 4 bytes a sampled cell.
 __global__ void set_promise(Cells cells, Allowed allowed, Users users, Limits limits, int64_t step, int64_t sample,
                             int64_t rank, float* promise) {
   URM_DYNAMIC_SHARED(shared);
   unsigned int* reaching = reinterpret_cast<unsigned int*>(shared);
   const int64_t user = blockIdx.x;
+  float* promises = reinterpret_cast<float*>(shared + kSelectShared);
   const CellsOfUser own(cells, users, limits, user, relative_excess(users));
-  const auto cell_at = [=](int64_t i) {
-    const int64_t cell = sampled_row(i, step);
-    return cell < cells.count ? cell : cells.count - 1;
-  };
   if (threadIdx.x == 0) *reaching = 0;
   __syncthreads();
   unsigned int found = 0;
-  for (int64_t i = threadIdx.x; i < sample; i += blockDim.x)
-    found += own.reach(cell_at(i)) && cell_may_hold(cells, allowed, cell_at(i));
+  for (int64_t i = threadIdx.x; i < sample; i += blockDim.x) {
+    const int64_t wanted = sampled_row(i, step), cell = wanted < cells.count ? wanted : cells.count - 1;
+    const bool may = cell_may_hold(cells, allowed, cell);
+    promises[i] = may ? own.promise_of(cell) : -infinity();
+    found += may && own.reach(cell);
+  }
   atomicAdd(reaching, found);
   __syncthreads();
-  const bool tells = *reaching * kTenths < kMostLeft * sample;
+  const bool tells = *reaching * kLeftOutOf < (kLeftOutOf - 1) * sample;
   __syncthreads();
   float least = infinity();
   if (tells) {
-    const auto key_of = [&](int64_t i) {
-      const int64_t cell = cell_at(i);
-      const float value = cell_may_hold(cells, allowed, cell) ? own.promise_of(cell) : -infinity();
-      return static_cast<uint64_t>(ordered_bits(value)) << 32;
-    };
+    const auto key_of = [=](int64_t i) { return static_cast<uint64_t>(ordered_bits(promises[i])) << 32; };
     least = key_score(key_at_rank(sample, rank, shared, key_of, 4));
   }
   if (threadIdx.x == 0) promise[user] = limits.wanted[user] > 0 ? least : infinity();
 }
 
-// Exact scores of all rows of a user's promising cells, at most `most` cells: scores [B, most, rows of a cell], which
-// are -inf at first and stay that where a row may not be returned. Programs: (any number, users); taken [B] is zero at
-// first.
+// Scores exactly all rows of a user's promising cells, at most `most` cells. Of those that the user may be given,
+// scores [B, room] get the ones that reach the threshold as it is, as many as there is room for. Programs: (any number,
+// users); scores are -inf at first, taken [2, B] (cells, and scores) zero.
 __global__ void score_promising(Table table, Users users, Filter filter, Codes codes, Cells cells, Allowed allowed,
-                                Limits limits, const float* promise, int64_t most, unsigned int* taken, float* scores) {
+                                Limits limits, const float* promise, int64_t most, unsigned int* taken, float* scores,
+                                int64_t room) {
   const int64_t user = blockIdx.y, rows_of_cell = cells.blocks_of_cell * kBlockRows;
   const float least = promise[user];
   if (least == infinity()) return;
   const CellsOfUser of_user(cells, users, limits, user, relative_excess(users));
-  const int half = lane_of_warp() / kLanes, own = lane_of_warp() % kLanes / kTileQueries;
+  const float threshold = limits.threshold[user];
+  const int half = lane_of_warp() / kLanes;
   // Promising cells are neighbours: the lanes of a warp look at cells that lie apart.
   for (int64_t first = warp_of_grid(); first < cells.count; first += kWarp * warps_of_grid()) {
     const int64_t mine = first + lane_of_warp() * warps_of_grid();
@@ -101,13 +100,14 @@ __global__ void score_promising(Table table, Users users, Filter filter, Codes c
       if (lane_of_warp() == 0) slot = atomicAdd(taken + user, 1u);
       slot = __shfl_sync(kAllLanes, slot, 0);
       if (slot >= most) return;
-      float* out = scores + (user * most + slot) * rows_of_cell;
       for (int64_t in_cell = 0; in_cell < rows_of_cell; in_cell += 2 * kTileRows) {
         int64_t rows[kTileRows];
         for (int i = 0; i < kTileRows; ++i)
           rows[i] = row_at(codes, cell * rows_of_cell + in_cell + half * kTileRows + i);
         scores_of_rows(table, users, user, user + 1, rows, [&](int64_t, int64_t row, float score) {
-          if (score == score && is_allowed(filter, user, row)) out[in_cell + half * kTileRows + own] = score;
+          if (!(score >= threshold) || !is_allowed(filter, user, row)) return;
+          const unsigned int at = atomicAdd(taken + users.B + user, 1u);
+          if (at < room) scores[user * room + at] = score;
         });
       }
     }

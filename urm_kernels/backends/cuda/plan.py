@@ -22,7 +22,7 @@ SHARED_COLUMNS = 1 << 16  # bytes of a column group's codes in shared memory
 FEWEST_LISTED = 1 << 22  # rows of a table of which tiles are left out: a smaller one is read before that has paid
 BOUND_BYTES = 1 << 26  # of the bounds of cells, for all users of one scan
 PROMISING_ROWS, PROMISING_DOTS = 64, 1 << 23  # rows scored for each result that is wanted; dots of one scan
-SAMPLED_CELLS = 1 << 15
+SAMPLED_CELLS = 1 << 14
 
 
 class Card(NamedTuple):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ALL: Words = (0, 0, 0)  # struct TileLists of a scan that reads all
 _NO_CELLS: Words = (0, 1, 0, 0)
 _NO_MASK: Words = (0, 0)
-_SELECT_THREADS, _SELECT_SHARED = 512, 256 * 4 + 16  # kSelectShared
+_PROMISE_THREADS, _SELECT_SHARED = 1024, 256 * 4 + 16  # kSelectShared
 
 
 def cells_asked(table: TableView) -> Cells | None:
@@ -75,16 +75,17 @@ def _raise_thresholds(search: Search, cells: Cells, allowed: Words) -> Words:
     words = (table, codes, search.queries_of_cells)
     search.products("bound_cells<", len(cells.blocks), words, (bounds.data_ptr(),))
     search.launch(
-        "set_promise", (users, 1), _SELECT_THREADS, _SELECT_SHARED,
+        "set_promise", (users, 1), _PROMISE_THREADS, _SELECT_SHARED + 4 * sizes.sample,
         cell_words, allowed, search.user_words, search.limit_words, (sizes.step,), (sizes.sample,), (sizes.rank,),
         (promise.data_ptr(),),
     )  # fmt: skip
-    scores = search.floats(users, sizes.promising * cells.rows).fill_(-torch.inf)
+    room = search.plan.capacity  # for twice the rows that a guess lets through
+    scores = search.floats(users, room).fill_(-torch.inf)
     search.launch(
         "score_promising", (search.card.blocks(-(-count // 32)), users), THREADS, 0,
         search.table_words, search.user_words, search.filter_words, search.code_words(), cell_words, allowed,
-        search.limit_words, (promise.data_ptr(),), (sizes.promising,), (search.zeros(users).data_ptr(),),
-        (scores.data_ptr(),),
+        search.limit_words, (promise.data_ptr(),), (sizes.promising,), (search.zeros(2 * users).data_ptr(),),
+        (scores.data_ptr(),), (room,),
     )  # fmt: skip
     search.set_limits(scores, search.k)
     return cell_words
