@@ -176,15 +176,12 @@ __device__ __forceinline__ void scan_tiles(const ScanCall& call, int64_t group_u
             }
         }
       }
-      const auto hand_out = [&](const auto& use) {
-        if constexpr (kSingle) sums_of_users<kBits>(sums, user, use);
-        else largest_sums<kBits>(largest, user, width, use);
-      };
       if constexpr (kKeeps)
-        hand_out(KeepBounds{terms, bounds + first_user * call.table.rows, call.table.rows,
-                            static_cast<int64_t>(tile) * kRowsOfTile, users});
-      else if (general) hand_out(biased);
-      else hand_out(plain);
+        hand_out<kBits, kSingle>(sums, largest, user, width,
+                                 KeepBounds{terms, bounds + first_user * call.table.rows, call.table.rows,
+                                            static_cast<int64_t>(tile) * kRowsOfTile, users});
+      else if (general) hand_out<kBits, kSingle>(sums, largest, user, width, biased);
+      else hand_out<kBits, kSingle>(sums, largest, user, width, plain);
     }
     const bool finished = product >= products;
     if constexpr (!kKeeps) {

@@ -127,4 +127,12 @@ __device__ __forceinline__ void largest_sums(const int32_t (&largest)[kProducts]
                        [=](int) { return user; });
 }
 
+// The one or the other; the largest sums are looked at where users have several queries.
+template <int kBits, bool kSingle, class Use>
+__device__ __forceinline__ void hand_out(const int32_t (&sums)[kProducts][4], const int32_t (&largest)[kProducts][2],
+                                         int user, int64_t width, const Use& use) {
+  if constexpr (kSingle) sums_of_users<kBits>(sums, user, use);
+  else largest_sums<kBits>(largest, user, width, use);
+}
+
 }  // namespace urm

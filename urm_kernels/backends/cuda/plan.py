@@ -14,6 +14,7 @@ GROUP_ELEMENTS = 1 << 23  # of their queries
 SORTED = 4096  # results that the selection sorts itself
 THREADS = 128
 WARPS = THREADS // 32
+SELECT_SHARED = 256 * 4 + 16  # bytes, kSelectShared of csrc/cuda/select.h
 SCAN_BLOCKS = 2  # of a multiprocessor, as kScanBlocks of csrc/cuda/scan_codes.h
 FEWEST_SAMPLED, MOST_SAMPLED = 1 << 14, 1 << 17  # rows
 SAMPLED_DOTS = 1 << 22

@@ -13,11 +13,11 @@ from ..codes import CELL_BITS, Codes
 from ..table_view import ScanOptions, TableView
 from .encoding import rotation_words
 from .launching import Launcher, Words, address, table_words
-from .plan import SCAN_BLOCKS, SORTED, THREADS, Card, Plan, columns_of_user, make_plan, plan_scan
+from .plan import SCAN_BLOCKS, SELECT_SHARED, SORTED, THREADS, Card, Plan, columns_of_user, make_plan, plan_scan
 from .tiles import cells_asked, list_tiles
 
 _COMBINE = {"max": 0, "logsumexp": 0, "sum": 1, "mean": 2}
-_SELECT_THREADS, _SELECT_SHARED = 512, 256 * 4 + 16  # kSelectShared
+_SELECT_THREADS = 512
 _PASSES, _PASS_BINS = 6, 2048
 _WIDEST_BLOCK = 2048  # up to this r a block rotates as many queries as it has warps, else one
 
@@ -220,7 +220,7 @@ class Search:
         """From the best maxima of each user; with a rank of their own thresholds that are there only rise."""
         slots = 0 if maxima is None else maxima.shape[1]
         self.launch(
-            "set_limits", (self.users, 1), 256, _SELECT_SHARED,
+            "set_limits", (self.users, 1), 256, SELECT_SHARED,
             (self.k,), (self.plan.rank if rank is None else rank,), (address(maxima),), (slots,),
             (int(rank is not None),), self.user_words, (self.largest.data_ptr(),), self.codes_of_queries,
             self.limit_words,
@@ -279,7 +279,7 @@ class Search:
         itself = self.k <= SORTED
         best = None if itself else self.room(torch.int64, self.users, self.k)
         sorted_keys = 1 << max(min(self.k, self.plan.capacity) - 1, 0).bit_length()
-        shared = _SELECT_SHARED + (8 * sorted_keys if itself else 0)
+        shared = SELECT_SHARED + (8 * sorted_keys if itself else 0)
         self.launch(
             "select_keys", (self.users, 1), _SELECT_THREADS, shared,
             (self.keys.data_ptr(),), (self.found.data_ptr(),), (self.plan.capacity,), (self.k,),

@@ -11,7 +11,7 @@ from ..codes import Cells
 from ..table_view import TableView
 from . import plan as plans
 from .launching import Words, address
-from .plan import THREADS, plan_cells
+from .plan import SELECT_SHARED, THREADS, plan_cells
 
 if TYPE_CHECKING:
     from .search import Search
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ALL: Words = (0, 0, 0)  # struct TileLists of a scan that reads all
 _NO_CELLS: Words = (0, 1, 0, 0)
 _NO_MASK: Words = (0, 0)
-_PROMISE_THREADS, _SELECT_SHARED = 1024, 256 * 4 + 16  # kSelectShared
+_PROMISE_THREADS = 1024
 
 
 def cells_asked(table: TableView) -> Cells | None:
@@ -75,7 +75,7 @@ def _raise_thresholds(search: Search, cells: Cells, allowed: Words) -> Words:
     words = (table, codes, search.queries_of_cells)
     search.products("bound_cells<", len(cells.blocks), words, (bounds.data_ptr(),))
     search.launch(
-        "set_promise", (users, 1), _PROMISE_THREADS, _SELECT_SHARED + 4 * sizes.sample,
+        "set_promise", (users, 1), _PROMISE_THREADS, SELECT_SHARED + 4 * sizes.sample,
         cell_words, allowed, search.user_words, search.limit_words, (sizes.step,), (sizes.sample,), (sizes.rank,),
         (promise.data_ptr(),),
     )  # fmt: skip
