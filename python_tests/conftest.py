@@ -27,6 +27,7 @@ if INTERPRETED:
 collect_ignore = ["test_device.py"] if DEVICE == "cpu" else []
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+CELLS = (0, 64, 0, 32)  # rows of a cell on "cuda"
 CHEAP_SCORES = ("avx512_vnni", "amx")  # the kernels of avx512, with a cheap score to bound by
 BACKENDS = [name for name in select.BACKENDS if name != "cpu" or DEVICE == "cpu"]
 if DEVICE != "cuda" and not INTERPRETED:
@@ -78,13 +79,14 @@ def device():
 
 @pytest.fixture(params=MACHINES, ids=lambda machine: "/".join(filter(None, machine)))
 def machine(request, device):
-    """(backend, instruction set, way to scan), forced for the test. On "cuda" tables are packed, with codes that each
-    test has drawn by its name."""
+    """(backend, instruction set, way to scan), forced for the test. On "cuda" tables are packed, with codes and
+    cells or none that each test has drawn by its name."""
     if request.param[0] == "cuda":
         if reason := packed_calls.why_not(device):
             pytest.skip(reason)
-        kinds = CODES[zlib.crc32(request.node.name.encode()) % len(CODES)]
-        with packed_calls.packed_calls(kinds, device):
+        drawn = zlib.crc32(request.node.name.encode())
+        kinds, cell_rows = CODES[drawn % len(CODES)], CELLS[drawn // len(CODES) % len(CELLS)]
+        with packed_calls.packed_calls(kinds, device, cell_rows):
             yield request.param
         return
     if request.param[:2] not in available_backends(device):

@@ -20,9 +20,9 @@ def found_at(queries, table, thresholds, rows):
     mask[torch.arange(users), rows] = True
     ((_, call),) = search._calls(queries, view, ScanOptions(mask=mask), count, users)
     unproven = torch.zeros(1, dtype=torch.int64, device=device)
-    one = search._Search(call, view, 1, sizes, launching.launcher(device), cuda.card(device), None, unproven)
+    one = search.Search(call, view, 1, sizes, launching.launcher(device), cuda.card(device), None, unproven)
     one._prepare()
-    one._set_limits(thresholds[:, None].contiguous())
+    one.set_limits(thresholds[:, None].contiguous())
     one._scan()
     assert (one.found <= 1).all()
     return (one.found == 1) & (0xFFFFFFFF - (one.keys[:, 0] & 0xFFFFFFFF) == rows)

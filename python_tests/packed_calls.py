@@ -11,9 +11,11 @@ from unittest import mock
 import simt
 import torch
 
+from urm_kernels import clusters, table_codes
 from urm_kernels.backends import codes as formats
 from urm_kernels.backends import cuda, select
 from urm_kernels.backends.cuda import launching, plan, search
+from urm_kernels.table_cells import room_for_cells
 from urm_kernels.table_codes import _PACKABLE, room_for
 
 CPU = torch.device("cpu")
@@ -38,9 +40,9 @@ def stand_in(device=CPU):
 
 
 @contextlib.contextmanager
-def packed_calls(kinds, device):
-    """Within, the table of every call of score_topk is packed, and scanned however small it is. Without kinds only
-    tables that are packed already are the CUDA backend's."""
+def packed_calls(kinds, device, cell_rows=0):
+    """Within, the table of every call of score_topk is packed, and scanned however small it is; in cells of so many
+    rows, if any. Without kinds only tables that are packed already are the CUDA backend's."""
     choose = select.choose
 
     def chosen(function, queries, table, requested, *, counts=False):
@@ -50,16 +52,16 @@ def packed_calls(kinds, device):
         if not kinds:
             return cuda
         return SimpleNamespace(
-            score_topk=lambda q, t, options, *rest: cuda.score_topk(q, packed(t, kinds), options, *rest)
+            score_topk=lambda q, t, options, *rest: cuda.score_topk(q, packed(t, kinds, cell_rows), options, *rest)
         )
 
-    small = {"DENSE_ROWS": 40, "FEWEST_SAMPLED": 128, "MOST_SAMPLED": 1024}
-    poisoned = mock.patch.object(search._Search, "_room", _poisoned)
+    small = {"DENSE_ROWS": 40, "FEWEST_SAMPLED": 128, "MOST_SAMPLED": 1024, "FEWEST_LISTED": 40, "SAMPLED_CELLS": 64}
+    poisoned = mock.patch.object(search.Search, "room", _poisoned)
     with stand_in(device), mock.patch.object(select, "choose", chosen), mock.patch.multiple(plan, **small), poisoned:
         yield
 
 
-_room = search._Search._room
+_room = search.Search.room
 
 
 def _poisoned(self, dtype, *shape):
@@ -74,10 +76,17 @@ def _takes(table):
     return table.overlay is None and table.items.dtype in _PACKABLE and 1 <= width <= formats.MAX_WIDTH
 
 
-def packed(table, kinds, seed=0):
-    """The view with codes, which the device has made."""
-    rows, r = table.items.shape
-    codes = room_for(formats.rotation(r, seed).to(table.items.device), rows, r, kinds)
-    if rows >= formats.BLOCK:
-        cuda.encode_blocks(table.items.detach(), table.row_scale, codes)
-    return table._replace(codes=codes._replace(reference=formats.references(codes, r)))
+def packed(table, kinds, cell_rows=0, seed=0):
+    """The view with codes, which the device has made; in cells of so many rows that are
+    alike: of one kind are those that one of a few rows is nearest to."""
+    items, (rows, r) = table.items.detach(), table.items.shape
+    codes = room_for(formats.rotation(r, seed).to(items.device), rows, r, kinds)
+    coded = rows // formats.BLOCK * formats.BLOCK
+    if cell_rows and coded:
+        some = items[:coded].float().nan_to_num()
+        kinds_of_rows = torch.cdist(some, some[:: -(-coded // 16)]).argmin(1).int()
+        order = clusters.order_of(kinds_of_rows, some.norm(dim=1), cell_rows)
+        codes = codes._replace(cells=room_for_cells(order, r, cell_rows, table.bias is not None))
+    with mock.patch.object(table_codes, "encoder", return_value=cuda):
+        codes = table_codes.encode(items, table.row_scale, table.bias, codes, SimpleNamespace(more=lambda rows: None))
+    return table._replace(codes=codes)

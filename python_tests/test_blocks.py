@@ -1,7 +1,9 @@
 """Packed in blocks: codes by clusters, and bounds of whole cells. No bit of a result changes, whatever is asked."""
 
+import packed_calls
 import pytest
 import torch
+from cuda_bounds import assert_none_is_pruned
 from support import CODES, HALVES, INF, REDUCTIONS, assert_same_bits, packed
 from test_codes import stressful_queries, stressful_rows
 from test_packed import SYNTHETIC, generator, plain
@@ -9,6 +11,7 @@ from test_packed import SYNTHETIC, generator, plain
 from urm_kernels import ItemTable, clusters, log_partition, score_topk
 from urm_kernels.backends import codes as formats
 from urm_kernels.backends import cpu
+from urm_kernels.backends.cuda import plan
 from urm_kernels.backends.table_view import TableView
 from urm_kernels.testing import available_backends, forced, make_items, make_queries
 
@@ -20,13 +23,22 @@ MACHINES = [
     ("avx512_vnni", "auto", "2"),
     ("amx", "auto", "2"),
     ("amx", "exact", "2"),
+    ("cuda", "packed", "1"),
 ]
+SLOW = ("portable", "cuda")
 
 
 @pytest.fixture(params=MACHINES, ids="/".join)
 def machine(request, monkeypatch):
-    """An instruction set, a way to scan ("bounded": cells and codes whatever they rule out), threads."""
+    """An instruction set, a way to scan ("bounded": cells and codes whatever they rule out), threads. "cuda" are the
+    CUDA kernels as they run without a GPU."""
     isa, scan, threads = request.param
+    if isa == "cuda":
+        if reason := packed_calls.why_not(torch.device("cpu")):
+            pytest.skip(reason)
+        with packed_calls.packed_calls(None, torch.device("cpu")):
+            yield request.param
+        return
     if ("cpu", isa) not in available_backends():
         pytest.skip(f"cpu/{isa} cannot run on this machine")
     monkeypatch.setenv("URM_NUM_THREADS", threads)
@@ -57,6 +69,24 @@ def assert_cells_bound(queries, table):
     assert (cell_bounds(queries, table) >= of_cells).all()
 
 
+@pytest.mark.parametrize("r", [7, 100])
+def test_cuda_prunes_no_row_at_its_own_score(monkeypatch, r):
+    """Neither its cell nor itself."""
+    monkeypatch.setattr(plan, "FEWEST_LISTED", 0)
+    if reason := packed_calls.why_not(torch.device("cpu")):
+        pytest.skip(reason)
+    rows = stressful_rows(r).repeat(2, 1)
+    for turn, scale in enumerate((None, 2.0 ** torch.randint(-60, 60, (len(rows),), generator=generator(r)))):
+        table = in_blocks(rows, CODES[turn], blocks=32 + 32 * turn, row_scale=scale)
+        coded = len(table) // formats.BLOCK * formats.BLOCK
+        for user in stressful_queries(r):
+            best = score_topk(user[None], ItemTable(rows, row_scale=scale), len(table))
+            scores = torch.full((1, len(table) + 1), torch.nan)
+            scores.scatter_(1, best.ids.where(best.ids >= 0, len(table)), best.scores)
+            with packed_calls.stand_in():
+                assert_none_is_pruned(user[None], table, scores[:, : len(table)], coded)
+
+
 @pytest.mark.parametrize("r", [1, 7, 32, 100])
 def test_no_cell_is_below_one_of_its_rows(r):
     rows = stressful_rows(r).repeat(5, 1)
@@ -85,7 +115,7 @@ def test_cells_of_a_kind_are_told_apart():
 
 @pytest.mark.parametrize("kind", SYNTHETIC)
 def test_every_kind_of_data(machine, kind):
-    r, rows = (24, 4500) if machine[0] == "portable" else (72, 9001)
+    r, rows = (24, 4500) if machine[0] in SLOW else (72, 9001)
     items = make_items(kind, rows, r, 0)
     queries = make_queries(kind, 3, 9, r, 1, items)
     table = in_blocks(items, CODES[len(kind) % len(CODES)])
@@ -178,7 +208,7 @@ def test_rows_that_are_met_by_themselves_in_the_order_of_the_codes(machine, dtyp
 
 
 def test_a_large_table_decides_by_a_sample(machine):
-    if machine[0] == "portable":
+    if machine[0] in SLOW:
         pytest.skip("takes a minute there")
     for kind in ("clustered", "iid"):
         items = make_items(kind, 150_000, 32, 0)

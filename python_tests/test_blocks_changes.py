@@ -2,6 +2,7 @@
 
 import threading
 
+import packed_calls
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
@@ -14,6 +15,7 @@ from test_packed import generator, plain
 from urm_kernels import ItemTable, score_topk
 from urm_kernels.testing import forced, make_items, make_queries
 
+CPU = torch.device("cpu")
 R = 12
 SEEDS = st.integers(0, 2**20)
 
@@ -117,6 +119,9 @@ class Changes(RuleBasedStateMachine):
         wanted = plain(queries, self.items, k, bias=self.bias, mask=mask & self.alive)
         with forced("cpu", scan="bounded"):
             assert_same_bits(score_topk(queries, self.table, k, mask=mask), wanted)
+        if count < 20 and packed_calls.why_not(CPU) is None:
+            with packed_calls.packed_calls(None, CPU):
+                assert_same_bits(score_topk(queries, self.table, k, mask=mask), wanted)
 
 
 TestChanges = Changes.TestCase
@@ -194,9 +199,13 @@ def test_an_order_that_is_none_leads_nowhere_else():
         table = ItemTable(items).pack(blocks=True)
         table.code_order[:, 0] = wrong
         table.code_order[::2, 1] = wrong
-        with forced("cpu", scan="bounded"):
-            for mask in (None, torch.arange(2048) < 20):
+        for mask in (None, torch.arange(2048) < 20):
+            with forced("cpu", scan="bounded"):
                 ids = score_topk(queries, table, 40, mask=mask).ids
+            assert (ids >= -1).all() and (ids < 2048).all()
+            if packed_calls.why_not(CPU) is None:
+                with packed_calls.packed_calls(None, CPU):
+                    ids = score_topk(queries, table, 40, mask=mask).ids
                 assert (ids >= -1).all() and (ids < 2048).all()
 
 

@@ -98,6 +98,10 @@ def test_tables_are_taken_or_left_with_the_reason():
     assert "being replaced" in cuda.declines(queries, view._replace(overlay=overlay))
     moved = torch.empty(view.codes.blocks.numel() + 1, dtype=torch.uint8)[1:].view_as(view.codes.blocks)
     assert "16 bytes" in cuda.declines(queries, view._replace(codes=view.codes._replace(blocks=moved)))
+    celled = packed(TableView(items), ("int4",), cell_rows=32)
+    assert cuda.declines(queries, celled) is None
+    moved = celled.codes.cells._replace(order=torch.zeros(97, 2, dtype=torch.int32)[1:])
+    assert "16 bytes" in cuda.declines(queries, celled._replace(codes=celled.codes._replace(cells=moved)))
     assert select.choose("score_topk", queries, view, "cuda") is cuda
     with pytest.raises(ValueError, match="'cuda' cannot run this call: the table has no codes"):
         score_topk(queries, items, 3, backend="cuda")

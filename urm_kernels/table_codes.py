@@ -93,7 +93,7 @@ class PackableTable(nn.Module):
                 of a run, a multiple of 32 up to 4096, whatever a trial would say. 8 bytes a row more, and r / 128 for
                 the codes of runs of 64; with a bias 4 more. Worth it for catalogues that cluster. Runs loosen as rows
                 are updated and appended: results stay exact, and :class:`urm_kernels.ScanStats` and :meth:`memory`
-                show when packing anew would pay. On the CPU; other devices scan such a table by its factors.
+                show when packing anew would pay. The ``cuda`` backend asks runs in tables of 4 million rows or more.
             seed: of the rotation and the clusters.
             progress: called with (rows done, rows in all), in place of a progress bar, which comes after two seconds on
                 a terminal where tqdm is installed. With ``blocks`` a row counts once a pass over it.

@@ -6,6 +6,7 @@
 
 #include "float_environment.h"
 #include "promising.h"
+#include "run_scan.h"
 #include "thread_pool.h"
 
 namespace urm {
@@ -14,7 +15,8 @@ namespace {
 constexpr int64_t kSampleStep = 16;    // of blocks of cells; their bounds are 0.1 % of a scan
 constexpr int64_t kFewestSampled = 8;  // blocks of cells
 constexpr double kMostLeft = 0.9;      // of the pairs (user, cell): more, and the level does not pay
-constexpr int64_t kRoom = 2;           // for as many as are wanted: these are cut back less often
+constexpr int64_t kUsersAsked = 16;
+constexpr int64_t kRoom = 2;  // for as many as are wanted: these are cut back less often
 // Cells scanned first: so many beside those that k rows fill, of which as many: not all rows of a promising cell are
 // good. And no more than one of so many, or a few, in a small table.
 constexpr int64_t kMoreCells = 128;
@@ -133,13 +135,12 @@ void score_best_cells(Group& group, std::vector<Workspace>& work, const CellBoun
   const int64_t most = std::max<int64_t>(1, bounder.most_promising(k));
   const auto first_block = [&](uint64_t key) { return bounder.cell_at(key_row(key)) * of_cell; };
   const int threads = group.threads_for(kPassCost * multiply_adds(group, most * group.request.codes.cells.rows));
-  score_most_promising(group, work, k, threads, group.users * most, found, [&](int64_t i, auto& scanner) {
-    const int64_t user = i / most;
+  score_most_promising(group, work, k, threads, most, found, [&](int64_t user, int64_t i, auto& scanner) {
     TopKBuffer& best = cells.best(user);
-    if (i % most >= best.size()) return;
-    const int64_t first = first_block(best.keys()[i % most]), end = first + of_cell;
+    if (i >= best.size()) return;
+    const int64_t first = first_block(best.keys()[i]), end = first + of_cell;
     Ahead ahead{nullptr, 0};
-    if (i % most + 1 < best.size()) ahead = scanner.memory_of(first_block(best.keys()[i % most + 1]), of_cell);
+    if (i + 1 < best.size()) ahead = scanner.memory_of(first_block(best.keys()[i + 1]), of_cell);
     if (group.next_replaced(first * kBlockRows) < end * kBlockRows) return;
     for (int64_t block = first; block < end; block += kStretchBlocks, ahead = {nullptr, 0})
       scanner.take_bounds(user, block, std::min(kStretchBlocks, end - block), ahead);
@@ -148,7 +149,8 @@ void score_best_cells(Group& group, std::vector<Workspace>& work, const CellBoun
 
 // Whether a sample of the cells says that most will be ruled out: by the score that the sample's share of the k best
 // reaches.
-bool cells_pay(const TopKRequest& request, Group& group, std::vector<Workspace>& work, CellBounder& bounder) {
+bool cells_pay(const TopKRequest& request, Group& group, std::vector<Workspace>& work) {
+  CellBounder bounder(group);
   const int64_t blocks = (request.codes.cells.count + kBlockRows - 1) / kBlockRows;
   const int64_t step = std::clamp<int64_t>(blocks / kFewestSampled, 1, kSampleStep);
   const int64_t k = std::max<int64_t>(1, std::min(request.k, request.items.rows) / step);
@@ -178,9 +180,14 @@ void use_cells(const TopKRequest& request, Group& group, std::vector<Workspace>&
   const Cells& cells = request.codes.cells;
   if (!cells.count || group.query_codes.empty() || !request.k) return;
   if (request.bias.data && !cells.bias) return;  // a bias of this call's own, which the cells do not know
+  if (request.scan != ScanMode::kBounded && group.users <= kUsersAsked) {
+    if (!cells_pay(request, group, work)) return;
+  } else if (request.scan != ScanMode::kBounded) {
+    Group some(request, group.first_user, group.first_user + kUsersAsked, group.padded);
+    std::vector<Workspace> work_of_some = workspaces(some);
+    if (!cells_pay(request, some, work_of_some)) return;
+  }
   CellBounder bounder(group);
-  if (request.scan != ScanMode::kBounded && !cells_pay(request, group, work, bounder)) return;
-  bounder.sample(1);
   const int64_t k = std::min(request.k, request.items.rows);
   group.cell_bounds.resize(cells.count * group.users);
   const int64_t most = bounder.most_promising(k);

@@ -38,8 +38,8 @@ void use_few_blocks(const TopKRequest& request, Group& group, std::vector<Worksp
   const int64_t parts = (blocks + kBlocksOfTask - 1) / kBlocksOfTask;
   const int threads = group.threads_for(kPassCost * multiply_adds(group, request.blocks->count() * kBlockRows));
   TopKResults found(group, k, topk_buffer_capacity(k, request.items.rows));
-  score_most_promising(group, work, k, threads, parts * group.users, found, [&](int64_t i, auto& scanner) {
-    const int64_t user = i % group.users, begin = i / group.users * kBlocksOfTask;
+  score_most_promising(group, work, k, threads, parts, found, [&](int64_t user, int64_t part, auto& scanner) {
+    const int64_t begin = part * kBlocksOfTask;
     each_run(group, user, begin, std::min(blocks, begin + kBlocksOfTask), [&](const Run& run, const Run& next) {
       if (group.next_replaced(run.first * kBlockRows) < (run.first + run.count) * kBlockRows) return;
       scanner.take_bounds(user, run.first, run.count, scanner.memory_of(next.first, next.count));

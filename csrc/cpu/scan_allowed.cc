@@ -14,6 +14,7 @@ constexpr double kMostBlocks = 1.0 / 8;  // more, and samples and cells pay
 constexpr double kRowsByCodes = 16;      // whose codes, next to each other, are read while a row by itself is scored
 constexpr double kRowsByCodesOfMany = 10;
 constexpr int64_t kManyQueries = 8;
+constexpr double kFewBytes = 4 << 20;  // of rows: read before two passes over codes have said which of them are needed
 
 struct AllowedRow {
   int64_t user, row;
@@ -47,7 +48,8 @@ Reading reading_of(const ScanRequest& request, double rows, int64_t queries, con
   if (sample.empty()) return Reading::kRows;
   const double blocks_of_row = shares_of_blocks(request, sample), rows_read = kBlockRows * blocks_of_row;
   const double rows_by_codes = queries > kManyQueries ? kRowsByCodesOfMany : kRowsByCodes;
-  if (rows_by_codes < rows_read && request.scan != ScanMode::kBounded)
+  const double bytes = rows * static_cast<double>(request.items.rows * row_bytes(request.items));
+  if ((rows_by_codes < rows_read || bytes < kFewBytes) && request.scan != ScanMode::kBounded)
     return rows < kMostRows ? Reading::kRows : Reading::kAll;
   return rows * rows_read < kMostBlocks ? Reading::kBlocks : Reading::kAll;
 }

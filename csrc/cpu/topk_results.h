@@ -82,9 +82,9 @@ class TopKResults {
   }
 
   void adopt(int slot) {
-    for (int64_t user = 0; user < group_.users; ++user)
-      fresh(slot, user).raise(best_[user].floor.load(std::memory_order_relaxed));
+    for (int64_t user = 0; user < group_.users; ++user) adopt(slot, user);
   }
+  void adopt(int slot, int64_t user) { fresh(slot, user).raise(best_[user].floor.load(std::memory_order_relaxed)); }
 
   void publish(int slot) {
     for (int64_t user = 0; user < group_.users; ++user)

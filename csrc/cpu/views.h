@@ -26,6 +26,10 @@ static inline const char* row_address(const MatrixView& view, int64_t row) {
   return static_cast<const char*>(view.data) + row * view.row_stride * element_bytes(view.dtype);
 }
 
+static inline int64_t row_bytes(const MatrixView& view) {
+  return view.columns * element_bytes(view.dtype);
+}
+
 // One row.
 static inline MatrixView row_view(MatrixView items, int64_t row) {
   items.data = row_address(items, row);

@@ -38,12 +38,34 @@ struct Filter {
   int64_t exclude_count;
 };
 
+// The row at a place among the codes, and the place of the row of that number.
+struct Placed {
+  uint32_t row, place;
+};
+
 // A packed table's codes (csrc/common/codes.h).
 struct Codes {
   const unsigned char* blocks;
   int64_t count;              // of blocks
   const unsigned char* fine;  // or null
   const float* reference;     // of lost and norm
+  const Placed* order;        // [count * 32]; null: codes lie in the order of their rows
+  const float* bias;          // [count * 32], the table's in the order of the codes; or null
+};
+
+// Runs of rows that are alike, in the order of their codes; blocks behind the last whole run belong to none. Of each a
+// code stands for all of its rows, and bounds follow for every user, over the user's step.
+struct Cells {
+  int64_t count, blocks_of_cell;
+  const float* most;  // [count], the largest bias of a cell; or null
+  float* bounds;      // [B, count]
+};
+
+// Tiles that a scan reads, of each column group; null: all, in their order.
+struct TileLists {
+  int32_t* tiles;  // [column groups, room]
+  int32_t* count;  // [column groups]
+  int64_t room;
 };
 
 // Queries as they come, and what becomes of them. A user's existing queries lie side by side from the first place on;

@@ -22,6 +22,12 @@ struct GroupSlack {
   float kept, lost, error;
 };
 
+// Of the row at a place. Codes in an order of their own have the table's bias beside them; a call's own is gathered.
+__device__ __forceinline__ float bias_at(const Codes& codes, const Table& table, int64_t place) {
+  if (codes.bias) return __ldg(codes.bias + place);
+  return table.bias.data ? value_of(table.bias, row_at(codes, place)) : 0.0f;
+}
+
 // Terms of rows lane and 32 + lane of a tile, as they lie: loaded early, used late.
 struct LoadedSides {
   float scale[kTileBlocks], bias[kTileBlocks];
@@ -39,7 +45,7 @@ __device__ __forceinline__ LoadedSides load_sides(const Codes& codes, const Tabl
     out.scale[b] = __ldg(reinterpret_cast<const float*>(side) + lane_of_warp());
     out.lost[b] = __ldg(reinterpret_cast<const uint16_t*>(side + kBlockRows * 4) + lane_of_warp());
     out.norm[b] = __ldg(reinterpret_cast<const uint16_t*>(side + kBlockRows * 6) + lane_of_warp());
-    out.bias[b] = table.bias.data ? value_of(table.bias, block * kBlockRows + lane_of_warp()) : 0.0f;
+    out.bias[b] = bias_at(codes, table, block * kBlockRows + lane_of_warp());
   }
   return out;
 }
@@ -81,74 +87,65 @@ struct Queue {
   }
 };
 
-// kGeneral: rows have a bias, or scores are those of logsumexp.
+// What logsumexp may add to a bound, as a share of it.
+__device__ inline float relative_excess(const Users& users) {
+  float relative = 0.0f, offset;
+  if (users.log_sum_exp) log_sum_exp_excess(users.places, &relative, &offset);
+  return relative * 1.01f;
+}
+
+// Whether a bound over the user's step says that a score with this bias may reach the threshold. kGeneral: rows have a
+// bias, or scores are those of logsumexp.
+template <bool kGeneral>
+__device__ __forceinline__ bool reaches(float bound, float bias, const UserLimit& user, float relative) {
+  if constexpr (!kGeneral) return !(bound < user.limit);
+  const float least = fused_multiply_add(-bias, user.inverse, user.limit);
+  const float size = fabsf(least) < 0x1p127f ? fabsf(least) : 0x1p127f;  // or it would be no number less infinity
+  return !(bound < fused_multiply_add(-relative, size, least));
+}
+
+__device__ __forceinline__ float bound_of_sum(int32_t sum, const RowTerms& row) {
+  return fused_multiply_add(float_not_below(sum), row.scale, row.rho);
+}
+
+// Takes a tile's sums as tile.h hands them out: survivors go to the queue.
 template <bool kGeneral>
 struct Prune {
   const RowTerms* terms;   // [kRowsOfTile]
   const UserLimit* users;  // of the group, and as many more as share a product with the last, who can get nothing
   float relative;
+  Queue* queue;
 
   __device__ __forceinline__ bool survives(int32_t sum, int row, int user) const {
     const RowTerms own = terms[row];
-    const UserLimit of_user = users[user];
-    const float bound = fused_multiply_add(float_not_below(sum), own.scale, own.rho);
-    if constexpr (!kGeneral) return !(bound < of_user.limit);
-    const float least = fused_multiply_add(-own.bias, of_user.inverse, of_user.limit);
-    const float size = fabsf(least) < 0x1p127f ? fabsf(least) : 0x1p127f;  // or it would be no number less infinity
-    return !(bound < fused_multiply_add(-relative, size, least));
+    return reaches<kGeneral>(bound_of_sum(sum, own), own.bias, users[user], relative);
   }
 
   // kCount pairs a lane, given by their number. Most have no survivor in the whole warp.
   template <int kCount, class Sum, class Row, class User>
-  __device__ __forceinline__ void push(Sum sum, Row row, User user, Queue& queue) const {
+  __device__ __forceinline__ void take(Sum sum, Row row, User user) const {
     bool any = false;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) any |= survives(sum(i), row(i), user(i));
     if (!__any_sync(kAllLanes, any)) return;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) queue.push(survives(sum(i), row(i), user(i)), user(i), row(i));
+    for (int i = 0; i < kCount; ++i) queue->push(survives(sum(i), row(i), user(i)), user(i), row(i));
   }
+};
 
-  // Sums of users with one query each; `user` is the first of the product.
-  template <int kBits>
-  __device__ __forceinline__ void sums_of_users(const int32_t (&sums)[kProducts][4], int user, Queue& queue) const {
-    const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
-    push<4 * kProducts>([&](int i) { return sums[i / 4][i % 4]; },
-                        [=](int i) { return row_of_sum<kBits>(g, i / 4, i / 2 % 2); },
-                        [=](int i) { return user + 2 * t + i % 2; }, queue);
-  }
+// Takes them likewise, and keeps every bound.
+struct KeepBounds {
+  const RowTerms* terms;
+  float* bounds;        // [users, rows], of the group's users
+  int64_t rows, first;  // of all tiles; of this one
+  int users;
 
-  // The largest of a user's sums in this lane's columns: one lane has all of them where the width is 2, else two or
-  // four lanes share them, and each ends with the rows of two products, or with one half of these.
-  template <int kBits>
-  __device__ __forceinline__ void largest_sums(const int32_t (&largest)[kProducts][2], int user, int64_t width,
-                                               Queue& queue) const {
-    const int g = lane_of_warp() / 4, t = lane_of_warp() % 4, upper = t & 1, half = t / 2;
-    if (width == 2)
-      return push<2 * kProducts>([&](int i) { return largest[i / 2][i % 2]; },
-                                 [=](int i) { return row_of_sum<kBits>(g, i / 2, i % 2); },
-                                 [=](int) { return user + t; }, queue);
-    int32_t two[2][2];
+  template <int kCount, class Sum, class Row, class User>
+  __device__ __forceinline__ void take(Sum sum, Row row, User user) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int32_t keeps = upper ? largest[2 + i / 2][i % 2] : largest[i / 2][i % 2];
-      const int32_t hands = upper ? largest[i / 2][i % 2] : largest[2 + i / 2][i % 2];
-      const int32_t other = __shfl_xor_sync(kAllLanes, hands, 1);
-      two[i / 2][i % 2] = keeps > other ? keeps : other;
-    }
-    if (width == 4)
-      return push<4>([&](int i) { return two[i / 2][i % 2]; },
-                     [=](int i) { return row_of_sum<kBits>(g, 2 * upper + i / 2, i % 2); },
-                     [=](int) { return user + half; }, queue);
-    int32_t one[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int32_t keeps = half ? two[i][1] : two[i][0], hands = half ? two[i][0] : two[i][1];
-      const int32_t other = __shfl_xor_sync(kAllLanes, hands, 2);
-      one[i] = keeps > other ? keeps : other;
-    }
-    push<2>([&](int i) { return one[i]; }, [=](int i) { return row_of_sum<kBits>(g, 2 * upper + i, half); },
-            [=](int) { return user; }, queue);
+    for (int i = 0; i < kCount; ++i)
+      if (user(i) < users && first + row(i) < rows)
+        bounds[user(i) * rows + first + row(i)] = bound_of_sum(sum(i), terms[row(i)]);
   }
 };
 

@@ -36,26 +36,26 @@ struct ScanCall {
   int64_t rotation_roundings;
 };
 
-// A word of the codes of one row, signed bytes, of 4 bits c + 8: of the fine ones where there are any.
+// A word of the codes at a place, signed bytes, of 4 bits c + 8: of the fine ones where there are any.
 template <int kBits>
-__device__ __forceinline__ uint32_t signed_quad(const Codes& codes, int64_t r, int64_t row, int64_t quad) {
+__device__ __forceinline__ uint32_t signed_quad(const Codes& codes, int64_t r, int64_t place, int64_t quad) {
   if (kBits == 2)  // has fine codes always
-    return unpacked_quad(*reinterpret_cast<const uint16_t*>(codes.fine + row * fine_row_bytes(r, 2) + quad * 2));
+    return unpacked_quad(*reinterpret_cast<const uint16_t*>(codes.fine + place * fine_row_bytes(r, 2) + quad * 2));
   if (codes.fine)
-    return *reinterpret_cast<const uint32_t*>(codes.fine + row * fine_row_bytes(r, 4) + quad * kQuad) ^ 0x80808080u;
-  const unsigned char* block = codes.blocks + row / kBlockRows * block_bytes(r, kBits);
-  const int64_t in_block = row % kBlockRows;
+    return *reinterpret_cast<const uint32_t*>(codes.fine + place * fine_row_bytes(r, 4) + quad * kQuad) ^ 0x80808080u;
+  const unsigned char* block = codes.blocks + place / kBlockRows * block_bytes(r, kBits);
+  const int64_t in_block = place % kBlockRows;
   const uint32_t word = *reinterpret_cast<const uint32_t*>(block + code_place(in_block, quad * kQuad, kBits));
   if (kBits == 8) return word ^ 0x80808080u;
   return (in_block < kLanes ? word : word >> 4) & 0x0F0F0F0Fu;
 }
 
 template <int kBits>
-__device__ inline RowSide side_of(const Codes& codes, int64_t r, int64_t row) {
+__device__ inline RowSide side_of(const Codes& codes, int64_t r, int64_t place) {
   if (!codes.fine)
-    return side_of_row(reinterpret_cast<const char*>(codes.blocks) + row / kBlockRows * block_bytes(r, kBits),
-                       block_code_bytes(r, kBits), row % kBlockRows);
-  const unsigned char* side = codes.fine + row * fine_row_bytes(r, kBits) + fine_code_bytes(r, kBits);
+    return side_of_row(reinterpret_cast<const char*>(codes.blocks) + place / kBlockRows * block_bytes(r, kBits),
+                       block_code_bytes(r, kBits), place % kBlockRows);
+  const unsigned char* side = codes.fine + place * fine_row_bytes(r, kBits) + fine_code_bytes(r, kBits);
   const uint16_t* halves = reinterpret_cast<const uint16_t*>(side);
   // Rows of 4 bits lie at multiples of 2.
   const float scale = float_of_bits(halves[0] | static_cast<uint32_t>(halves[1]) << 16);
@@ -71,10 +71,10 @@ struct One {
   __device__ static One fma(One a, One b, One c) { return {fused_multiply_add(a.x, b.x, c.x)}; }
 };
 
-// Of 32 queries from `first` on, a bit for each whose own bound of the row reaches the user's threshold. Where one does
-// under logsumexp, all are needed.
+// Of 32 queries from `first` on, a bit for each whose own bound of the row at a place reaches the user's threshold.
+// Where one does under logsumexp, all are needed.
 template <int kBits>
-__device__ inline uint32_t queries_that_reach(const ScanCall& call, int64_t user, int64_t row, int64_t first) {
+__device__ inline uint32_t queries_that_reach(const ScanCall& call, int64_t user, int64_t place, int64_t first) {
   const int64_t r = call.table.r, width = call.queries.width, m = first + lane_of_warp();
   const int32_t count = call.users.count[user];
   const bool there = m < count;
@@ -85,8 +85,8 @@ __device__ inline uint32_t queries_that_reach(const ScanCall& call, int64_t user
   int32_t sum = call.queries.row_starts[at];
 #pragma unroll 8
   for (int64_t quad = 0; quad < quads_of(r); ++quad)
-    sum = add_products(signed_quad<kBits>(call.codes, r, row, quad), __ldg(words + quad * width), sum);
-  const RowSide side = side_of<kBits>(call.codes, r, row);
+    sum = add_products(signed_quad<kBits>(call.codes, r, place, quad), __ldg(words + quad * width), sum);
+  const RowSide side = side_of<kBits>(call.codes, r, place);
   const CodedLengths<One> lengths{{side.scale}, {value_of_half(side.lost)}, {value_of_half(side.norm)}};
   const float error =
       code_error(r, call.rotation_roundings) * (call.queries.kept_most[user] + call.queries.lost_most[user]);
@@ -98,28 +98,29 @@ __device__ inline uint32_t queries_that_reach(const ScanCall& call, int64_t user
     log_sum_exp_excess(count, &relative, &offset);
     bound = fused_multiply_add(fabsf(bound), relative, bound) + offset;
   }
-  if (call.table.bias.data) bound += value_of(call.table.bias, row);
+  if (call.table.bias.data) bound += value_of(call.table.bias, row_at(call.codes, place));
   return __ballot_sync(kAllLanes, there && !(bound < call.limits.threshold[user]));
 }
 
-// Scores two pairs, one a half warp, and lists their keys where they reach the threshold. user < 0: no pair.
+// Scores two pairs of a user and a place, one a half warp, and lists their keys where they reach the threshold.
+// user < 0: no pair.
 template <int kBits>
-__device__ inline void rescore_pairs(const ScanCall& call, int64_t user, int64_t row) {
+__device__ inline void rescore_pairs(const ScanCall& call, int64_t user, int64_t place) {
   const int half = lane_of_warp() / kLanes;
   const Table& table = call.table;
   const int64_t r = table.r, places = call.users.places;
   const int64_t user0 = __shfl_sync(kAllLanes, user, 0), user1 = __shfl_sync(kAllLanes, user, kLanes);
-  const int64_t row0 = __shfl_sync(kAllLanes, row, 0), row1 = __shfl_sync(kAllLanes, row, kLanes);
+  const int64_t place0 = __shfl_sync(kAllLanes, place, 0), place1 = __shfl_sync(kAllLanes, place, kLanes);
   const int32_t count0 = user0 < 0 ? 0 : call.users.count[user0], count1 = user1 < 0 ? 0 : call.users.count[user1];
   const int32_t most_queries = count0 > count1 ? count0 : count1;
   const float* queries = call.users.queries + (user < 0 ? 0 : user) * places * r;
-  const int64_t known = row < 0 ? 0 : row;
-  const auto dot_at = [&](int64_t m) { return scaled_dot(table, known, half_dot(table, known, queries + m * r)); };
+  const int64_t row = user < 0 ? 0 : row_at(call.codes, place);
+  const auto dot_at = [&](int64_t m) { return scaled_dot(table, row, half_dot(table, row, queries + m * r)); };
   float best = -infinity();
   bool asked = false;
   for (int32_t first = 0; first < most_queries; first += kWarp) {
-    const uint32_t reach0 = first < count0 ? queries_that_reach<kBits>(call, user0, row0, first) : 0;
-    const uint32_t reach1 = first < count1 ? queries_that_reach<kBits>(call, user1, row1, first) : 0;
+    const uint32_t reach0 = first < count0 ? queries_that_reach<kBits>(call, user0, place0, first) : 0;
+    const uint32_t reach1 = first < count1 ? queries_that_reach<kBits>(call, user1, place1, first) : 0;
     uint32_t own = half ? reach1 : reach0;
     asked |= own != 0;
     if (call.users.log_sum_exp) continue;

@@ -45,6 +45,20 @@ __device__ inline float value_of(const Column& column, int64_t row) {
   return widen(column.data, column.type, row * column.stride);
 }
 
+// The row whose codes lie at a place, and the place of a row's codes. An order from a file may be none: what it says is
+// then wrong, and lies within the table all the same.
+__device__ inline int64_t row_at(const Codes& codes, int64_t place) {
+  if (!codes.order) return place;
+  const uint32_t row = __ldg(&codes.order[place].row);
+  return row < codes.count * kBlockRows ? row : place;
+}
+
+__device__ inline int64_t place_of(const Codes& codes, int64_t row) {
+  if (!codes.order) return row;
+  const uint32_t place = __ldg(&codes.order[row].place);
+  return place < codes.count * kBlockRows ? place : row;
+}
+
 __device__ inline bool bit_of(const uint8_t* bits, int64_t at) {
   return bits[at >> 3] >> (at & 7) & 1;
 }

@@ -21,9 +21,9 @@ __device__ inline void rescore_queue(const ScanCall& call, int64_t first_user, i
   for (int first = 0; first < queue.size; first += kWarp) {
     const int at = first + lane_of_warp();
     const uint32_t pair = at < queue.size ? queue.pairs[at] : 0;
-    const int64_t user = first_user + pair / kRowsOfTile, row = tile * kRowsOfTile + pair % kRowsOfTile;
-    const bool there = at < queue.size && user < call.users.B && row < call.codes.count * kBlockRows;
-    const bool kept = there && call.limits.wanted[user] > 0 && is_allowed(call.filter, user, row);
+    const int64_t user = first_user + pair / kRowsOfTile, place = tile * kRowsOfTile + pair % kRowsOfTile;
+    const bool there = at < queue.size && user < call.users.B && place < call.codes.count * kBlockRows;
+    const bool kept = there && call.limits.wanted[user] > 0 && is_allowed(call.filter, user, row_at(call.codes, place));
     uint32_t left = __ballot_sync(kAllLanes, kept);
     if (call.found.counts && lane_of_warp() == 0)
       atomicAdd(call.found.counts + 1, static_cast<unsigned long long>(__popc(left)));
@@ -33,8 +33,8 @@ __device__ inline void rescore_queue(const ScanCall& call, int64_t first_user, i
       const int other = __ffs(static_cast<int>(left)) - 1;  // -1: none
       left &= left - 1;
       const int from = half ? other : one;
-      const int64_t of_user = __shfl_sync(kAllLanes, user, from), of_row = __shfl_sync(kAllLanes, row, from);
-      rescore_pairs<kBits>(call, from < 0 ? -1 : of_user, from < 0 ? -1 : of_row);
+      const int64_t of_user = __shfl_sync(kAllLanes, user, from), of_place = __shfl_sync(kAllLanes, place, from);
+      rescore_pairs<kBits>(call, from < 0 ? -1 : of_user, from < 0 ? -1 : of_place);
     }
   }
   queue.size = 0;
@@ -44,9 +44,10 @@ __device__ inline void rescore_queue(const ScanCall& call, int64_t first_user, i
 // Programs: (as many as fill the device, column groups). A column group is group_users users, each with `width`
 // columns: 1, 2, 4 or a multiple of 8. kSteps: 32 elements each, 2 or 4, whose codes stay in registers; 0: rows are
 // longer, and codes are loaded again for every eight columns. kSingle: width is 1, and no sum is the largest of
-// several.
-template <int kBits, int kSteps, bool kSingle>
-__global__ void __launch_bounds__(kScanThreads, kScanBlocks) scan_codes(ScanCall call, int64_t group_users) {
+// several. kKeeps: the codes are those of cells, all of whose bounds [B, call.table.rows] are kept.
+template <int kBits, int kSteps, bool kSingle, bool kKeeps>
+__device__ __forceinline__ void scan_tiles(const ScanCall& call, int64_t group_users, const TileLists& lists,
+                                           float* bounds) {
   URM_DYNAMIC_SHARED(shared);
   const int lane = lane_of_warp(), t = lane % 4;
   const int64_t r = call.table.r, width = call.queries.width, pairs_of_steps = call.queries.step_pairs;
@@ -98,36 +99,37 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks) scan_codes(ScanCall
   const GroupSlack slack = *slack_place;
   const float lost_reference = usable_reference(call.codes.reference[0], r, kBits);
   const float norm_reference = usable_reference(call.codes.reference[1], r, kBits);
-  float relative = 0.0f, offset;
-  if (call.users.log_sum_exp) log_sum_exp_excess(call.users.places, &relative, &offset);
-  relative *= 1.01f;
 
   Queue queue{pairs, 0};
   const bool general = call.table.bias.data || call.users.log_sum_exp;
-  const Prune<false> plain{terms, limits, 0.0f};
-  const Prune<true> biased{terms, limits, relative};
+  const Prune<false> plain{terms, limits, 0.0f, &queue};
+  const Prune<true> biased{terms, limits, relative_excess(call.users), &queue};
 
   constexpr int kHeld = kSteps ? kSteps : 1;
-  const int64_t tiles = (call.codes.count + kTileBlocks - 1) / kTileBlocks;
+  const int32_t* list = lists.tiles ? lists.tiles + blockIdx.y * lists.room : nullptr;
+  const int tiles = list ? lists.count[blockIdx.y] : static_cast<int>(tiles_of(call.codes));
   uint4 next[kHeld * kLoads<kBits>];
   LoadedSides next_sides;
-  int64_t tile = warp_of_grid();
-  const auto load_tile = [&](int64_t which) {
+  const auto load_tile = [&](int which) {
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) load_step<kBits>(call.codes, r, which, s, next + s * kLoads<kBits>);
     next_sides = load_sides<kBits>(call.codes, call.table, which);
   };
-  const auto load_next = [&](int64_t which) { load_tile(which < tiles ? which : tiles - 1); };
-  if (tile < tiles) load_tile(tile);
-  int product = 0, user = 0;
-  while (tile < tiles) {
+  // Behind the last one it is the last again.
+  const auto tile_at = [&](int at) {
+    const int there = at < tiles ? at : tiles - 1;
+    return list ? __ldg(list + there) : there;
+  };
+  int at = static_cast<int>(warp_of_grid()), tile = 0, product = 0, user = 0;
+  if (at < tiles) load_tile(tile = tile_at(at));
+  while (at < tiles) {
+    const int following = tile_at(at + static_cast<int>(warps_of_grid()));
     uint32_t a[kHeld][kProducts][4];
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) operands_of<kBits>(next + s * kLoads<kBits>, a[s]);
     write_terms<kBits>(next_sides, slack, lost_reference, norm_reference, terms);
     __syncwarp();
-    const int64_t following = tile + warps_of_grid();
-    load_next(following);
+    load_tile(following);
 
     for (; product < products && queue.size <= kQueue - kMostPairs; product += of_user, user += side_by_side) {
       int32_t largest[kProducts][2];
@@ -141,11 +143,11 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks) scan_codes(ScanCall
           sums[j][0] = start.x, sums[j][1] = start.y;
           sums[j][2] = start.x * kHigh<kBits>, sums[j][3] = start.y * kHigh<kBits>;
         }
-        const int64_t at = (product + more) * pairs_of_steps * kWarp + lane;
+        const int64_t from = (product + more) * pairs_of_steps * kWarp + lane;
         if constexpr (kSteps > 0) {
 #pragma unroll
           for (int s = 0; s < kSteps; s += 2) {
-            const uint4 b = fragments[at + s / 2 * kWarp];
+            const uint4 b = fragments[from + s / 2 * kWarp];
 #pragma unroll
             for (int j = 0; j < kProducts; ++j) multiply_bytes<kBits == 8>(sums[j], a[s][j], b.x, b.y);
 #pragma unroll
@@ -153,7 +155,7 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks) scan_codes(ScanCall
           }
         } else {
           for (int64_t s = 0; s < pairs_of_steps; ++s) {
-            const uint4 b = __ldg(all_fragments + at + s * kWarp);
+            const uint4 b = __ldg(all_fragments + from + s * kWarp);
             for (int odd = 0; odd < 2; ++odd) {
               load_step<kBits>(call.codes, r, tile, static_cast<int>(2 * s) + odd, next);
               operands_of<kBits>(next, a[0]);
@@ -174,28 +176,45 @@ __global__ void __launch_bounds__(kScanThreads, kScanBlocks) scan_codes(ScanCall
             }
         }
       }
-      if constexpr (kSingle) {
-        if (general) biased.sums_of_users<kBits>(sums, user, queue);
-        else plain.sums_of_users<kBits>(sums, user, queue);
-      } else {
-        if (general) biased.largest_sums<kBits>(largest, user, width, queue);
-        else plain.largest_sums<kBits>(largest, user, width, queue);
-      }
+      if constexpr (kKeeps)
+        hand_out<kBits, kSingle>(sums, largest, user, width,
+                                 KeepBounds{terms, bounds + first_user * call.table.rows, call.table.rows,
+                                            static_cast<int64_t>(tile) * kRowsOfTile, users});
+      else if (general) hand_out<kBits, kSingle>(sums, largest, user, width, biased);
+      else hand_out<kBits, kSingle>(sums, largest, user, width, plain);
     }
     const bool finished = product >= products;
-    if (queue.size) {
-      // Neither this tile's operands nor the next one's loads take registers meanwhile: they are loaded again.
-      rescore_queue<kBits>(call, first_user, tile, queue);
-      load_next(finished ? following : tile);
+    if constexpr (!kKeeps) {
+      if (queue.size) {
+        // Neither this tile's operands nor the next one's loads take registers meanwhile: they are loaded again.
+        rescore_queue<kBits>(call, first_user, tile, queue);
+        load_tile(finished ? following : tile);
+      }
     }
     __syncwarp();
     if (finished) {
+      at += static_cast<int>(warps_of_grid());
       tile = following;
       product = user = 0;
     }
   }
-  if (call.found.counts && blockIdx.x == 0 && threadIdx.x == 0 && blockIdx.y == 0)
-    atomicAdd(call.found.counts, static_cast<unsigned long long>(gridDim.y * call.codes.count * block_bytes(r, kBits)));
+  if (call.found.counts && blockIdx.x == 0 && threadIdx.x == 0) {
+    const int64_t blocks = tiles * kTileBlocks < call.codes.count ? tiles * kTileBlocks : call.codes.count;
+    atomicAdd(call.found.counts, static_cast<unsigned long long>(blocks * block_bytes(r, kBits)));
+  }
+}
+
+template <int kBits, int kSteps, bool kSingle>
+__global__ void __launch_bounds__(kScanThreads, kScanBlocks)
+    scan_codes(ScanCall call, int64_t group_users, TileLists lists) {
+  scan_tiles<kBits, kSteps, kSingle, false>(call, group_users, lists, nullptr);
+}
+
+// Of a table packed in blocks: call.codes and call.table are those of the cells.
+template <int kSteps, bool kSingle>
+__global__ void __launch_bounds__(kScanThreads, kScanBlocks)
+    bound_cells(ScanCall call, int64_t group_users, float* bounds) {
+  scan_tiles<kCellBits, kSteps, kSingle, true>(call, group_users, {}, bounds);
 }
 
 }  // namespace urm

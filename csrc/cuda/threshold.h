@@ -53,19 +53,20 @@ struct Limits {
   int64_t* wanted;  // k, or 0 for a user who can get nothing
 };
 
-// One block a user: the rank-th best maximum, and the limits that follow from it.
+// One block a user: the rank-th best maximum, and the limits that follow from it. raise: where a threshold that is
+// there already is higher, from that one.
 //
 // Shared memory: kSelectShared.
-__global__ void set_limits(int64_t k, int64_t rank, const float* maxima, int64_t slots, Users users,
+__global__ void set_limits(int64_t k, int64_t rank, const float* maxima, int64_t slots, int64_t raise, Users users,
                            const float* largest, QueryCodes codes, Limits limits) {
   URM_DYNAMIC_SHARED(shared);
   const int64_t user = blockIdx.x;
-  float threshold = -infinity();
+  float threshold = raise ? limits.threshold[user] : -infinity();
   if (rank > 0 && rank <= slots) {
     const float* own = maxima + user * slots;
     const uint64_t key = key_at_rank(
         slots, rank, shared, [=](int64_t i) { return static_cast<uint64_t>(ordered_bits(own[i])) << 32; }, 4);
-    threshold = key_score(key);
+    threshold = threshold < key_score(key) ? key_score(key) : threshold;
   }
   if (warp_of_block() != 0) return;
   const int32_t count = users.count[user];

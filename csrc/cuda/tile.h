@@ -24,7 +24,12 @@ namespace urm {
 
 constexpr int kTileBlocks = 2, kRowsOfTile = kTileBlocks * kBlockRows;
 constexpr int kProducts = 4;  // of a step: the rows of a load
+constexpr int kCellBits = 4;  // of the codes of cells
 constexpr int kColumns = 8;   // of a product
+
+__device__ inline int64_t tiles_of(const Codes& codes) {
+  return (codes.count + kTileBlocks - 1) / kTileBlocks;
+}
 
 // Place in the tile of the row whose sum is in register 2 `half` or 2 `half` + 1 of product j.
 template <int kBits>
@@ -77,6 +82,57 @@ __device__ __forceinline__ void operands_of(const uint4* loads, uint32_t (&a)[kP
       for (int i = 0; i < 4; ++i) a[j][i] = from[i][j] ^ 0x80808080u;  // c, without its offset
     }
   }
+}
+
+// Hands out the sums of users with one query each; `user` is the first of the product. Calls use.take<pairs of a
+// lane>(sum, row, user), three functions of a pair's number.
+template <int kBits, class Use>
+__device__ __forceinline__ void sums_of_users(const int32_t (&sums)[kProducts][4], int user, const Use& use) {
+  const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
+  use.template take<4 * kProducts>([&](int i) { return sums[i / 4][i % 4]; },
+                                   [=](int i) { return row_of_sum<kBits>(g, i / 4, i / 2 % 2); },
+                                   [=](int i) { return user + 2 * t + i % 2; });
+}
+
+// The same of the largest of a user's sums in this lane's columns: one lane has all of them where the width is 2, else
+// two or four lanes share them, and each ends with the rows of two products, or with one half of these.
+template <int kBits, class Use>
+__device__ __forceinline__ void largest_sums(const int32_t (&largest)[kProducts][2], int user, int64_t width,
+                                             const Use& use) {
+  const int g = lane_of_warp() / 4, t = lane_of_warp() % 4, upper = t & 1, half = t / 2;
+  if (width == 2)
+    return use.template take<2 * kProducts>([&](int i) { return largest[i / 2][i % 2]; },
+                                            [=](int i) { return row_of_sum<kBits>(g, i / 2, i % 2); },
+                                            [=](int) { return user + t; });
+  int32_t two[2][2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int32_t keeps = upper ? largest[2 + i / 2][i % 2] : largest[i / 2][i % 2];
+    const int32_t hands = upper ? largest[i / 2][i % 2] : largest[2 + i / 2][i % 2];
+    const int32_t other = __shfl_xor_sync(kAllLanes, hands, 1);
+    two[i / 2][i % 2] = keeps > other ? keeps : other;
+  }
+  if (width == 4)
+    return use.template take<4>([&](int i) { return two[i / 2][i % 2]; },
+                                [=](int i) { return row_of_sum<kBits>(g, 2 * upper + i / 2, i % 2); },
+                                [=](int) { return user + half; });
+  int32_t one[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int32_t keeps = half ? two[i][1] : two[i][0], hands = half ? two[i][0] : two[i][1];
+    const int32_t other = __shfl_xor_sync(kAllLanes, hands, 2);
+    one[i] = keeps > other ? keeps : other;
+  }
+  use.template take<2>([&](int i) { return one[i]; }, [=](int i) { return row_of_sum<kBits>(g, 2 * upper + i, half); },
+                       [=](int) { return user; });
+}
+
+// The one or the other; the largest sums are looked at where users have several queries.
+template <int kBits, bool kSingle, class Use>
+__device__ __forceinline__ void hand_out(const int32_t (&sums)[kProducts][4], const int32_t (&largest)[kProducts][2],
+                                         int user, int64_t width, const Use& use) {
+  if constexpr (kSingle) sums_of_users<kBits>(sums, user, use);
+  else largest_sums<kBits>(largest, user, width, use);
 }
 
 }  // namespace urm

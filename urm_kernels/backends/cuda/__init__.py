@@ -52,9 +52,7 @@ def declines(queries: Tensor, table: TableView) -> str | None:
     if table.overlay is not None:
         return "rows of the table are being replaced"
     _, reference, blocks, fine, cells = table.codes
-    if cells is not None:
-        return "the table is packed in blocks, which this backend does not know"
-    if any(part is not None and part.data_ptr() % 16 for part in (reference, blocks, fine)):
+    if any(part is not None and part.data_ptr() % 16 for part in (reference, blocks, fine, *(cells or ())[:5])):
         return "the codes do not lie at multiples of 16 bytes"
     return None
 

@@ -14,11 +14,16 @@ GROUP_ELEMENTS = 1 << 23  # of their queries
 SORTED = 4096  # results that the selection sorts itself
 THREADS = 128
 WARPS = THREADS // 32
+SELECT_SHARED = 256 * 4 + 16  # bytes, kSelectShared of csrc/cuda/select.h
 SCAN_BLOCKS = 2  # of a multiprocessor, as kScanBlocks of csrc/cuda/scan_codes.h
 FEWEST_SAMPLED, MOST_SAMPLED = 1 << 14, 1 << 17  # rows
 SAMPLED_DOTS = 1 << 22
 MOST_TURNS = 4  # sampled rows that one lane scores one after the other
 SHARED_COLUMNS = 1 << 16  # bytes of a column group's codes in shared memory
+FEWEST_LISTED = 1 << 22  # rows of a table of which tiles are left out: a smaller one is read before that has paid
+BOUND_BYTES = 1 << 26  # of the bounds of cells, for all users of one scan
+PROMISING_ROWS, PROMISING_DOTS = 64, 1 << 23  # rows scored for each result that is wanted; dots of one scan
+SAMPLED_CELLS = 1 << 14
 
 
 class Card(NamedTuple):
@@ -48,12 +53,13 @@ class Plan(NamedTuple):
     capacity: int = 0
 
 
-def make_plan(users: int, places: int, rows: int, r: int, k: int) -> Plan:
+def make_plan(users: int, places: int, rows: int, r: int, k: int, cells: int = 0) -> Plan:
     """Of the k best rows a sample of S holds k S / N on average. The rank is four standard deviations above that, plus
     four for small counts: about one user in 100,000 needs the second way. Lists have room for twice the rows that this
     rank lets through. Maxima, 16 times as many as the rank, lose hardly any of the best sampled rows to each other.
+    Of `cells`, if any, a scan keeps bounds.
     """
-    group = max(1, min(users, GROUP, GROUP_ELEMENTS // (places * max(r, 1))))
+    group = max(1, min(users, GROUP, GROUP_ELEMENTS // (places * max(r, 1)), BOUND_BYTES // (4 * max(cells, 1))))
     if rows <= max(DENSE_ROWS, 4 * k):
         return Plan(min(group, max(1, DENSE_KEYS // max(rows, 1))), True, capacity=rows)
     wanted = min(max(SAMPLED_DOTS // (group * places), FEWEST_SAMPLED), MOST_SAMPLED)
@@ -65,6 +71,27 @@ def make_plan(users: int, places: int, rows: int, r: int, k: int) -> Plan:
     slots = -(-sample // turns)
     capacity = min(rows, 2 * math.ceil(rank * rows / sample) + 4096)
     return Plan(group, False, step, sample, slots, turns, rank, capacity)
+
+
+class CellPlan(NamedTuple):
+    """promising: cells of a user that are scored at most. One of every `step` cells is sampled, `sample` of them, whose
+    `rank`-th best says what half as many are worth."""
+
+    promising: int
+    step: int
+    sample: int
+    rank: int
+
+
+def plan_cells(users: int, places: int, k: int, cells: int, cell_rows: int) -> CellPlan:
+    """A thousand best rows fill few cells, but lie in many: 64 rows for each of them, and as many as for 128 more, give
+    nearly the threshold that all rows would (docs/gpu_packed.md)."""
+    wanted = -(-PROMISING_ROWS * (k + 128) // cell_rows)
+    affordable = PROMISING_DOTS // (users * places * cell_rows)
+    half = min(max(min(wanted, affordable), -(-2 * k // cell_rows) + 16), cells)
+    step = max(-(-cells // SAMPLED_CELLS), 1)
+    sample = -(-cells // step)
+    return CellPlan(min(2 * half, cells), step, sample, max(half * sample // cells, 1))
 
 
 def columns_of_user(places: int) -> int:

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from .. import codes as formats
-from ..codes import Codes
+from ..codes import CELL_BITS, Codes
 from ..table_view import ScanOptions, TableView
 from .encoding import rotation_words
 from .launching import Launcher, Words, address, table_words
-from .plan import SCAN_BLOCKS, SORTED, THREADS, Card, Plan, columns_of_user, make_plan, plan_scan
+from .plan import SCAN_BLOCKS, SELECT_SHARED, SORTED, THREADS, Card, Plan, columns_of_user, make_plan, plan_scan
+from .tiles import cells_asked, list_tiles
 
 _COMBINE = {"max": 0, "logsumexp": 0, "sum": 1, "mean": 2}
-_SELECT_THREADS, _SELECT_SHARED = 512, 256 * 4 + 16  # kSelectShared
+_SELECT_THREADS = 512
 _PASSES, _PASS_BINS = 6, 2048
 _WIDEST_BLOCK = 2048  # up to this r a block rotates as many queries as it has warps, else one
 
@@ -60,9 +61,10 @@ def search(
     if rows == 0 or queries.shape[1] == 0:
         return Found(scores.fill_(-torch.inf), ids.fill_(-1), unproven)
     places = queries.shape[1] if options.reduce in ("max", "logsumexp") else 1
-    plan = make_plan(users, places, rows, table.items.shape[1], k)
+    cells = cells_asked(table)
+    plan = make_plan(users, places, rows, table.items.shape[1], k, cells.number() if cells else 0)
     for part, call in _calls(queries, table, options, places, plan.group):
-        _Search(call, table, k, plan, launcher, card, counts, unproven).run(scores[part], ids[part])
+        Search(call, table, k, plan, launcher, card, counts, unproven).run(scores[part], ids[part])
     return Found(scores, ids, unproven)
 
 
@@ -87,7 +89,7 @@ def _calls(
         )
 
 
-class _Search:
+class Search:
     """The launches for one group of users."""
 
     def __init__(
@@ -103,17 +105,18 @@ class _Search:
     ) -> None:
         assert table.codes is not None
         self.call, self.table, self.codes, self.k, self.plan = call, table, table.codes, k, plan
+        self.cells = None if plan.dense else cells_asked(table)
         self.launcher, self.card, self.unproven = launcher, card, unproven
         self.held: list[Tensor] = []  # until the launches that write them are queued
         users, (rows, r) = len(call.queries), table.items.shape
         self.users, self.rows, self.r = users, rows, r
-        self.packed, self.rotated = self._floats(2, users, call.places, r).unbind()
-        self.largest = self._floats(users, call.places)
-        self.existing = self._room(torch.int32, users)
-        self.per_user = self._floats(6, users)  # step, kept and lost at most, threshold, limit, inverse
-        self.wanted = self._room(torch.int64, users)
-        self.keys = self._room(torch.int64, users, plan.capacity)
-        self.found = self._room(torch.int32, users)
+        self.packed, self.rotated = self.floats(2, users, call.places, r).unbind()
+        self.largest = self.floats(users, call.places)
+        self.existing = self.room(torch.int32, users)
+        self.per_user = self.floats(6, users)  # step, kept and lost at most, threshold, limit, inverse
+        self.wanted = self.room(torch.int64, users)
+        self.keys = self.room(torch.int64, users, plan.capacity)
+        self.found = self.room(torch.int32, users)
         self.found_words = (self.keys.data_ptr(), self.found.data_ptr(), plan.capacity, address(counts))
         self.table_words = table_words(table.items, table.bias, table.row_scale)
         self.user_words = (
@@ -131,10 +134,10 @@ class _Search:
     def run(self, scores: Tensor, ids: Tensor) -> None:
         self._prepare()
         if self.plan.dense:
-            self._set_limits(None)
+            self.set_limits(None)
             self._score_rows(0)
         else:
-            self._set_limits(self._sample())
+            self.set_limits(self._sample())
             self._scan()
             coded = len(self.codes.blocks) * formats.BLOCK
             if coded < self.rows:
@@ -142,15 +145,20 @@ class _Search:
             self._second_way()
         self._select(scores, ids)
 
-    def _room(self, dtype: torch.dtype, *shape: int) -> Tensor:
+    def room(self, dtype: torch.dtype, *shape: int) -> Tensor:
         made = torch.empty(shape, dtype=dtype, device=self.call.queries.device)
         self.held.append(made)
         return made
 
-    def _floats(self, *shape: int) -> Tensor:
-        return self._room(torch.float32, *shape)
+    def floats(self, *shape: int) -> Tensor:
+        return self.room(torch.float32, *shape)
 
-    def _launch(self, name: str, grid: tuple[int, int], threads: int, shared: int, *arguments: Words) -> None:
+    def zeros(self, count: int) -> Tensor:
+        made = torch.zeros(count, dtype=torch.int32, device=self.call.queries.device)
+        self.held.append(made)
+        return made
+
+    def launch(self, name: str, grid: tuple[int, int], threads: int, shared: int, *arguments: Words) -> None:
         self.launcher.launch(f"urm::{name}", grid, threads, shared, list(arguments))
 
     def _filter(self) -> Words:
@@ -164,102 +172,115 @@ class _Search:
         return (address(mask), kind, *strides, address(self.table.alive), *excluded)
 
     def _prepare(self) -> None:
-        call, users, r = self.call, self.users, self.r
-        self.codes_of_queries = self._query_codes()
+        call, users, r, codes = self.call, self.users, self.r, self.codes
+        self.scan = plan_scan(users, call.places, r)
         _, kept, lost = self.most_words
         exists = address(call.exists)
         threads = THREADS if r <= _WIDEST_BLOCK else 32
-        self._launch(
+        self.launch(
             "prepare_queries", (self.card.blocks(users * call.places), 1), threads, threads // 32 * r * 4,
             (call.queries.data_ptr(),), (exists,), (users,), (call.queries.shape[1],), (call.combine,), (call.places,),
-            rotation_words(self.codes, r), (self.packed.data_ptr(),), (self.rotated.data_ptr(),),
+            rotation_words(codes, r), (self.packed.data_ptr(),), (self.rotated.data_ptr(),),
             (self.largest.data_ptr(),), (self.existing.data_ptr(),), (kept,), (lost,), (self.found.data_ptr(),),
         )  # fmt: skip
-        bits = formats.bits_of(self.codes, r)
-        fine = int(self.codes.fine is not None)
-        columns = users * columns_of_user(call.places)
-        self._launch(
-            "encode_queries", (self.card.blocks(columns), 1), THREADS, 0,
-            (users,), (call.places,), (r,), (bits,), (fine,), (self.rotated.data_ptr(),),
-            (self.largest.data_ptr(),), (self.existing.data_ptr(),), (self.codes.reference.data_ptr(),),
-            self.codes_of_queries,
-        )  # fmt: skip
+        self.codes_of_queries = self._encoded(formats.bits_of(codes, r), codes.fine is not None, codes.reference)
+        if self.cells is not None:
+            self.queries_of_cells = self._encoded(CELL_BITS, False, self.cells.reference)
 
-    def _query_codes(self) -> Words:
-        """struct QueryCodes."""
-        scan = self.scan = plan_scan(self.users, self.call.places, self.r)
-        width = columns_of_user(self.call.places)
+    def _encoded(self, bits: int, fine: bool, reference: Tensor) -> Words:
+        """struct QueryCodes, beside codes of so many bits."""
+        scan, places, width = self.scan, self.call.places, columns_of_user(self.call.places)
         products = -(-self.users * width // 8)
-        fragments = self._room(torch.int32, products, scan.step_pairs, 32, 4)
-        starts, row_starts = self._room(torch.int32, 2, products * 8).unbind()
-        words = self._room(torch.int32, self.users, formats.quads(self.r), width)
-        kept, lost = self._floats(2, products * 8).unbind()
-        return (
+        fragments = self.room(torch.int32, products, scan.step_pairs, 32, 4)
+        starts, row_starts = self.room(torch.int32, 2, products * 8).unbind()
+        words = self.room(torch.int32, self.users, formats.quads(self.r), width)
+        kept, lost = self.floats(2, products * 8).unbind()
+        made = (
             fragments.data_ptr(), starts.data_ptr(), width, scan.step_pairs, words.data_ptr(), row_starts.data_ptr(),
             kept.data_ptr(), lost.data_ptr(), *self.most_words,
         )  # fmt: skip
+        self.launch(
+            "encode_queries", (self.card.blocks(self.users * width), 1), THREADS, 0,
+            (self.users,), (places,), (self.r,), (bits,), (int(fine),), (self.rotated.data_ptr(),),
+            (self.largest.data_ptr(),), (self.existing.data_ptr(),), (reference.data_ptr(),), made,
+        )  # fmt: skip
+        return made
 
     def _sample(self) -> Tensor:
         plan = self.plan
-        maxima = self._floats(self.users, plan.slots)
-        self._launch(
+        maxima = self.floats(self.users, plan.slots)
+        self.launch(
             "sample_maxima", (self.card.blocks(-(-plan.slots // 8)), 1), THREADS, 0,
             self.table_words, self.user_words, self.filter_words, (plan.step,), (plan.sample,), (plan.slots,),
             (plan.turns,), (maxima.data_ptr(),),
         )  # fmt: skip
         return maxima
 
-    def _set_limits(self, maxima: Tensor | None) -> None:
+    def set_limits(self, maxima: Tensor | None, rank: int | None = None) -> None:
+        """From the best maxima of each user; with a rank of their own thresholds that are there only rise."""
         slots = 0 if maxima is None else maxima.shape[1]
-        self._launch(
-            "set_limits", (self.users, 1), 256, _SELECT_SHARED,
-            (self.k,), (self.plan.rank,), (address(maxima),), (slots,), self.user_words, (self.largest.data_ptr(),),
-            self.codes_of_queries, self.limit_words,
+        self.launch(
+            "set_limits", (self.users, 1), 256, SELECT_SHARED,
+            (self.k,), (self.plan.rank if rank is None else rank,), (address(maxima),), (slots,),
+            (int(rank is not None),), self.user_words, (self.largest.data_ptr(),), self.codes_of_queries,
+            self.limit_words,
         )  # fmt: skip
 
     def _scan(self) -> None:
-        codes, scan, bits = self.codes, self.scan, formats.bits_of(self.codes, self.r)
+        codes, bits = self.codes, formats.bits_of(self.codes, self.r)
         if len(codes.blocks) == 0:
             return
+        words = (self.table_words, self.code_words(), self.codes_of_queries)
+        self.products(f"scan_codes<{bits}, ", len(codes.blocks), words, list_tiles(self))
+
+    def products(self, kernel: str, blocks: int, words: tuple[Words, Words, Words], more: Words) -> None:
+        """Of blocks of codes and all queries. words: the table's, its codes' and the queries'."""
+        scan, (table, codes, queries) = self.scan, words
         single = "true" if columns_of_user(self.call.places) == 1 else "false"
-        groups = -(-self.users // scan.group_users)
-        tiles = -(-len(codes.blocks) // 2)
         call_words = (
-            *self.table_words, *self.filter_words, *self.user_words,
-            codes.blocks.data_ptr(), len(codes.blocks), address(codes.fine), codes.reference.data_ptr(),
-            *self.codes_of_queries, *self.limit_words, *self.found_words, _rotation_roundings(codes),
+            *table, *self.filter_words, *self.user_words, *codes, *queries, *self.limit_words, *self.found_words,
+            _rotation_roundings(self.codes),
         )  # fmt: skip
-        self._launch(
-            f"scan_codes<{bits}, {scan.steps}, {single}>", (self.card.blocks(tiles, SCAN_BLOCKS), groups), THREADS,
-            scan.shared, call_words, (scan.group_users,),
+        grid = (self.card.blocks(-(-blocks // 2), SCAN_BLOCKS), -(-self.users // scan.group_users))
+        self.launch(
+            f"{kernel}{scan.steps}, {single}>", grid, THREADS, scan.shared, call_words, (scan.group_users,), more
+        )
+
+    def code_words(self) -> Words:
+        """struct Codes."""
+        codes, order, bias = self.codes, None, None
+        if codes.cells is not None:
+            order, bias = codes.cells.order, codes.cells.bias if self.table.bias is not None else None
+        return (
+            codes.blocks.data_ptr(), len(codes.blocks), address(codes.fine), codes.reference.data_ptr(),
+            address(order), address(bias),
         )  # fmt: skip
 
     def _score_rows(self, first: int) -> None:
-        self._launch(
+        self.launch(
             "score_rows", (self.card.blocks(-(-(self.rows - first) // 8)), self.users), THREADS, 0,
             self.table_words, self.user_words, self.filter_words, self.limit_words, self.found_words, (first,),
         )  # fmt: skip
 
     def _second_way(self) -> None:
-        left = torch.zeros(self.users + 1, dtype=torch.int32, device=self.call.queries.device)
-        self.held.append(left)
-        histograms = self._room(torch.int32, self.users, _PASSES, _PASS_BINS)
+        left = self.zeros(self.users + 1)
+        histograms = self.room(torch.int32, self.users, _PASSES, _PASS_BINS)
         second = (self.unproven.data_ptr(), left.data_ptr(), histograms.data_ptr())
-        self._launch(
+        self.launch(
             "begin_second_way", (self.users, 1), 256, 0, (self.users,), self.limit_words, self.found_words, second
         )
         grid = (self.card.blocks(-(-self.rows // 8), 4), 1)
         rows = (self.table_words, self.user_words, self.filter_words, self.limit_words, self.found_words, second)
         for number in range(_PASSES):
-            self._launch("count_digits", grid, THREADS, _PASS_BINS * 4, *rows, (number,))
-        self._launch("collect_unproven", grid, THREADS, 0, *rows)
+            self.launch("count_digits", grid, THREADS, _PASS_BINS * 4, *rows, (number,))
+        self.launch("collect_unproven", grid, THREADS, 0, *rows)
 
     def _select(self, scores: Tensor, ids: Tensor) -> None:
         itself = self.k <= SORTED
-        best = None if itself else self._room(torch.int64, self.users, self.k)
+        best = None if itself else self.room(torch.int64, self.users, self.k)
         sorted_keys = 1 << max(min(self.k, self.plan.capacity) - 1, 0).bit_length()
-        shared = _SELECT_SHARED + (8 * sorted_keys if itself else 0)
-        self._launch(
+        shared = SELECT_SHARED + (8 * sorted_keys if itself else 0)
+        self.launch(
             "select_keys", (self.users, 1), _SELECT_THREADS, shared,
             (self.keys.data_ptr(),), (self.found.data_ptr(),), (self.plan.capacity,), (self.k,),
             (scores.data_ptr(),), (ids.data_ptr(),), (address(best),),
