@@ -222,8 +222,8 @@ def test_blocks_are_made_where_a_trial_says_that_they_pay():
     bias = torch.randn(66_000, generator=generator(8))
     assert in_blocks(make_items("clustered", 66_000, 16, 0), bias=bias).codes().cells is not None
     items = make_items("iid", 66_000, 32, 0)
-    assert in_blocks(items).codes().cells is None
-    assert in_blocks(items, blocks=64).codes().cells is not None
+    assert "packed)" in repr(in_blocks(items))
+    assert "packed in blocks)" in repr(in_blocks(items, blocks=64))
 
 
 def test_stats_tell_what_cells_ruled_out():

@@ -154,7 +154,7 @@ class ItemTable(ChangingTable):
         if self._names is not None:
             parts.append("string ids" if self._names.are_strings else "ids")
         if self.is_packed:
-            parts.append("packed")
+            parts.append("packed" if self.code_order is None else "packed in blocks")
         if self.alive is not None:
             parts.append(f"{rows - self.count()} removed")
         return ", ".join(parts)
