@@ -90,10 +90,11 @@ class PackableTable(nn.Module):
                 coarse for exact calls, which scan the rows themselves where 2 bits rule out too little.
             blocks: True: runs of 64 rows, in tables of 65,536 rows or more only where a trial, with some rows as
                 queries, says that a tenth of the runs or more will not be read; else codes lie as without (the table's
-                ``repr`` says which). Or the rows of a run, a multiple of 32 up to 4096, whatever a trial would say. 8 bytes a row more, and r / 128 for
-                the codes of runs of 64; with a bias 4 more. Worth it for catalogues that cluster. Runs loosen as rows
-                are updated and appended: results stay exact, and :class:`urm_kernels.ScanStats` and :meth:`memory`
-                show when packing anew would pay. The ``cuda`` backend asks runs in tables of 4 million rows or more.
+                ``repr`` says which). Or the rows of a run, a multiple of 32 up to 4096, whatever a trial would say.
+                8 bytes a row more, and r / 128 for the codes of runs of 64; with a bias 4 more. Worth it for catalogues
+                that cluster. Runs loosen as rows are updated and appended: results stay exact, and
+                :class:`urm_kernels.ScanStats` and :meth:`memory` show when packing anew would pay. The ``cuda`` backend
+                asks runs in tables of 4 million rows or more.
             seed: of the rotation and the clusters.
             progress: called with (rows done, rows in all), in place of a progress bar, which comes after two seconds on
                 a terminal where tqdm is installed. With ``blocks`` a row counts once a pass over it.
