@@ -109,6 +109,29 @@ def test_with_exclusions_removed_rows_and_replaced_ones(machine, table, reduce, 
     assert_same_bits(found, plain(queries, ItemTable(items, bias=bias()), 50, **options))
 
 
+def test_users_without_queries(machine, table):
+    queries = make_queries("clustered", 3, 2, R, 1, table.factors)
+    exists = torch.tensor([[True, True], [False, False], [True, False]])
+    for name in ("runs", "first", "0.01 of the rows"):
+        options = {"mask": masks_of(table)[name], "query_mask": exists}
+        for reduce in REDUCTIONS:
+            wanted = plain(queries, ItemTable(table.factors, bias=bias()), 10, reduce=reduce, **options)
+            assert_same_bits(score_topk(queries, table, 10, reduce=reduce, **options), wanted)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni"])
+def test_a_user_without_queries_and_few_blocks(isa):
+    """Kernels that share their fetching out among a user's queries."""
+    if ("cpu", isa) not in available_backends():
+        pytest.skip(f"cpu/{isa} cannot run on this machine")
+    table = TABLES["packed"](make_items("clustered", ROWS, R, 0))
+    mask, exists = torch.arange(ROWS) // 640 == 7, torch.tensor([[True], [False]])
+    queries = make_queries("clustered", 2, 1, R, 1, table.factors)
+    wanted = plain(queries, table.factors, 10, mask=mask, query_mask=exists)
+    with forced("cpu", isa, "bounded"):
+        assert_same_bits(score_topk(queries, table, 10, mask=mask, query_mask=exists), wanted)
+
+
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float8_e4m3fn], ids=str)
 def test_every_dtype_with_scales_and_many_queries(machine, dtype):
     scale = torch.rand(ROWS, generator=generator(4)) + 0.5

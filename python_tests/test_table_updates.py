@@ -140,6 +140,28 @@ def test_readers_see_the_whole_of_an_update_or_nothing_of_it(path, dtype):
         read_while_written(held, readers=2, updates=10 if path == "reference" else 40)
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "form", [ItemTable, lambda items: ItemTable(items).pack(), lambda items: ItemTable(items).pack(blocks=32)]
+)
+def test_a_bias_of_the_call_stays_where_rows_are_being_replaced(path, form):
+    generator = torch.Generator().manual_seed(4)
+    items, bias = torch.randn(403, R, generator=generator), torch.randn(403, generator=generator)
+    table, changed = form(items.clone()), torch.tensor([3, 200, 402])
+    version, _ = table._log.pin()
+    table.update(changed, items[changed] * 2)
+    items[changed] *= 2
+    with on(path) as count:
+        queries = torch.randn(3, count, R, generator=generator)
+        found = score_topk(queries, table, 20, bias=bias)
+        sums = log_partition(queries, table, bias=bias)
+        scores = score_candidates(queries, table, torch.arange(403), bias=bias)
+        table._log.unpin(version)
+        assert_same_bits(found, score_topk(queries, items, 20, bias=bias))
+        assert torch.equal(bits(sums), bits(log_partition(queries, items, bias=bias)))
+        assert torch.equal(bits(scores), bits(score_candidates(queries, items, torch.arange(403), bias=bias)))
+
+
 @pytest.mark.parametrize("readers", [1, 4])
 @pytest.mark.parametrize("layout", ["whole", "rows apart", "columns first"])
 def test_readers_see_whole_updates_of_factors_in_any_layout(readers, layout):

@@ -46,6 +46,31 @@ def test_with_nobody_reading_an_update_goes_straight_into_the_table():
     assert tensors["bias"].tolist() == [0, 3, 0, 0, 0, 0, 0, 0] and log.pin() == (1, None)
 
 
+def test_a_reader_does_not_work_for_writers_for_as_long_as_they_go_on():
+    tensors = {"factors": torch.zeros(8, 2), "bias": torch.zeros(8)}
+
+    class Table:
+        written_rows = 0
+
+        def written(self, rows, _values):  # while a round of copying goes on, another update comes
+            self.written_rows += len(rows)
+            if self.written_rows < 4:
+                log.write(torch.tensor([self.written_rows]), values_of(9, 1))
+
+    table = Table()
+    log = UpdateLog(tensors, "factors", written=table.written)
+    version, _ = log.pin()
+    log.write(torch.tensor([7]), values_of(1, 1))
+    log.unpin(version)
+    assert tensors["bias"].tolist() == [0, 0, 0, 0, 0, 0, 0, 1]
+    version, overlay = log.pin()
+    assert overlay.rows.tolist() == [1]
+    log.unpin(version)
+    assert tensors["bias"].tolist() == [0, 9, 0, 0, 0, 0, 0, 1]
+    log.flush()
+    assert tensors["bias"].tolist() == [0, 9, 9, 9, 0, 0, 0, 1] and log.pin()[1] is None
+
+
 def test_flush_waits_for_readers_that_began_before_and_for_no_others():
     tensors, log = log_of()
     log.flush()

@@ -82,7 +82,7 @@ class UpdateLog:
                 del self._readers[version]
             idle = not self._pending
         if not idle:
-            self._settle()
+            self._settle(once=True)
 
     def write(self, rows: Tensor, values: dict[str, Tensor]) -> None:
         """Replaces rows (int64 [n], all different, within the table) of the named tensors."""
@@ -111,23 +111,27 @@ class UpdateLog:
 
     def flush(self) -> None:
         """Returns when the tensors hold every update: waits for readers that began before the last one."""
-        self._settle()
-        with self._changed:
-            self._changed.wait_for(lambda: not self._pending)
+        while self._pending:
+            self._settle()
+            with self._changed:
+                self._changed.wait_for(lambda: not self._pending or (not self._writing and bool(self._ready())))
 
     def extend(self, tensors: dict[str, Tensor]) -> None:
         """The same memory with further rows."""
         with self._changed:
             self.tensors = tensors
 
-    def _settle(self) -> None:
-        """Copies into the tensors what every present reader already reads from the overlay. One thread at a time."""
+    def _settle(self, once: bool = False) -> None:
+        """Copies into the tensors what every present reader already reads from the overlay. One thread at a time.
+
+        A reader does this once: what writers add meanwhile is theirs to copy, or the next reader's, or else it would
+        work for them for as long as they go on.
+        """
         while True:
             with self._changed:
                 if self._writing:
                     return
-                oldest = min(self._readers, default=self._version)
-                ready = [update for update in self._pending if update.version <= oldest]
+                ready = self._ready()
                 if not ready:
                     return
                 self._writing = True
@@ -141,9 +145,16 @@ class UpdateLog:
             finally:
                 with self._changed:
                     self._writing = False
-                    self._pending = [update for update in self._pending if update.version > oldest]
+                    self._pending = self._pending[len(ready) :]
                     self._overlay = self._merged()
                     self._changed.notify_all()
+            if once:
+                return
+
+    def _ready(self) -> list[_Update]:
+        """Updates that every present reader sees: the first of those pending."""
+        oldest = min(self._readers, default=self._version)
+        return [update for update in self._pending if update.version <= oldest]
 
     def _entered(self) -> AbstractContextManager[None]:
         around = None if self._around is None else self._around()

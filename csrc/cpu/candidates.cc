@@ -70,7 +70,7 @@ class Visitor {
   // Elements of a vector that belongs to the table.
   const float* vector_of(const MatrixView& vector, const MatrixView& replacement, const Tile& tile, float* out) const {
     for (int64_t i = 0; i < tile.width; ++i) {
-      const int64_t row = tile.rows[i], place = row < 0 ? -1 : request_.overlay.of(row);
+      const int64_t row = tile.rows[i], place = row < 0 || !replacement.data ? -1 : request_.overlay.of(row);
       out[i] = 0.0f;
       if (row >= 0)
         request_.kernels->widen(place < 0 ? part_of(vector, row, 1) : part_of(replacement, place, 1), 1, out + i);

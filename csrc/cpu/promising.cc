@@ -39,6 +39,7 @@ void use_few_blocks(const TopKRequest& request, Group& group, std::vector<Worksp
   const int threads = group.threads_for(kPassCost * multiply_adds(group, request.blocks->count() * kBlockRows));
   TopKResults found(group, k, topk_buffer_capacity(k, request.items.rows));
   score_most_promising(group, work, k, threads, parts, found, [&](int64_t user, int64_t part, auto& scanner) {
+    if (group.packed.start[user + 1] == group.packed.start[user]) return;
     const int64_t begin = part * kBlocksOfTask;
     each_run(group, user, begin, std::min(blocks, begin + kBlocksOfTask), [&](const Run& run, const Run& next) {
       if (group.next_replaced(run.first * kBlockRows) < (run.first + run.count) * kBlockRows) return;

@@ -21,8 +21,8 @@ void each_replaced(const Group& group, int64_t place, int64_t lanes, F replace) 
     if (const int64_t at = overlay.of(group.row_at(place + lane)); at >= 0) replace(at, lane);
 }
 
-// Elements of a vector that belongs to the table, of the rows at [place, place + count), those of replaced rows from
-// the overlay.
+// Elements of a vector, of the rows at [place, place + count); where it belongs to the table, those of replaced rows
+// from the overlay.
 const float* vector_of(const Group& group, const MatrixView& vector, const MatrixView& replacement, int64_t place,
                        int64_t count, float* out) {
   const auto widen = [&](const MatrixView& from, int64_t first, int64_t last, float* to) {
@@ -36,11 +36,12 @@ const float* vector_of(const Group& group, const MatrixView& vector, const Matri
     }
   };
   int64_t done = place;
-  each_replaced(group, place, count, [&](int64_t at, int64_t lane) {
-    copy(done, place + lane, out + (done - place));
-    widen(replacement, at, at + 1, out + lane);
-    done = place + lane + 1;
-  });
+  if (replacement.data)
+    each_replaced(group, place, count, [&](int64_t at, int64_t lane) {
+      copy(done, place + lane, out + (done - place));
+      widen(replacement, at, at + 1, out + lane);
+      done = place + lane + 1;
+    });
   copy(done, place + count, out + (done - place));
   std::fill(out + count, out + round_up(count, kLanes), 0.0f);
   return out;
