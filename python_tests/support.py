@@ -1,18 +1,20 @@
 """What several test files need: calls spelled short, bits compared, Python in a process of its own."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import packed_calls
 import pytest
 import torch
 
 import urm_kernels
 from urm_kernels import score_topk, testing
 from urm_kernels.backends import cpu
-from urm_kernels.testing import compare_topk, forced
+from urm_kernels.testing import available_backends, compare_topk, forced
 
 REDUCTIONS = ("max", "sum", "mean", "logsumexp")
 CODES = (("int4",), ("int8",), ("int4", "int8"), ("int2", "int4"))
@@ -67,3 +69,20 @@ def with_ceilings(monkeypatch, ceilings):
         pytest.skip(f"the cpu backend cannot run here: {reason}")
     for name, value in ceilings.items():
         monkeypatch.setattr(testing, name, lambda rounds, value=value: value)
+
+
+@contextlib.contextmanager
+def on_machine(isa, scan, threads, monkeypatch):
+    """Calls take an instruction set of the cpu backend, a way to scan and so many threads; or, for "cuda", the CUDA
+    kernels as they run without a GPU."""
+    if isa == "cuda":
+        if reason := packed_calls.why_not(torch.device("cpu")):
+            pytest.skip(reason)
+        with packed_calls.packed_calls(None, torch.device("cpu")):
+            yield
+        return
+    if ("cpu", isa) not in available_backends():
+        pytest.skip(f"cpu/{isa} cannot run on this machine")
+    monkeypatch.setenv("URM_NUM_THREADS", threads)
+    with forced("cpu", isa, scan):
+        yield

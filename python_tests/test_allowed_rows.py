@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import HALVES, INF, REDUCTIONS, assert_same_bits, bits, packed
+from support import HALVES, INF, REDUCTIONS, assert_same_bits, bits, on_machine, packed
 from test_packed import generator, plain
 
 from urm_kernels import ItemTable, log_partition, score_topk
@@ -25,11 +25,7 @@ TABLES = {
 
 @pytest.fixture(params=MACHINES, ids="/".join)
 def machine(request, monkeypatch):
-    isa, scan, threads = request.param
-    if ("cpu", isa) not in available_backends():
-        pytest.skip(f"cpu/{isa} cannot run on this machine")
-    monkeypatch.setenv("URM_NUM_THREADS", threads)
-    with forced("cpu", isa, scan):
+    with on_machine(*request.param, monkeypatch):
         yield request.param
 
 

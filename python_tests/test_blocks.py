@@ -4,7 +4,7 @@ import packed_calls
 import pytest
 import torch
 from cuda_bounds import assert_none_is_pruned
-from support import CODES, HALVES, INF, REDUCTIONS, assert_same_bits, packed
+from support import CODES, HALVES, INF, REDUCTIONS, assert_same_bits, on_machine, packed
 from test_codes import stressful_queries, stressful_rows
 from test_packed import SYNTHETIC, generator, plain
 
@@ -13,7 +13,7 @@ from urm_kernels.backends import codes as formats
 from urm_kernels.backends import cpu
 from urm_kernels.backends.cuda import plan
 from urm_kernels.backends.table_view import TableView
-from urm_kernels.testing import available_backends, forced, make_items, make_queries
+from urm_kernels.testing import forced, make_items, make_queries
 
 MACHINES = [
     ("portable", "bounded", "1"),
@@ -32,17 +32,7 @@ SLOW = ("portable", "cuda")
 def machine(request, monkeypatch):
     """An instruction set, a way to scan ("bounded": cells and codes whatever they rule out), threads. "cuda" are the
     CUDA kernels as they run without a GPU."""
-    isa, scan, threads = request.param
-    if isa == "cuda":
-        if reason := packed_calls.why_not(torch.device("cpu")):
-            pytest.skip(reason)
-        with packed_calls.packed_calls(None, torch.device("cpu")):
-            yield request.param
-        return
-    if ("cpu", isa) not in available_backends():
-        pytest.skip(f"cpu/{isa} cannot run on this machine")
-    monkeypatch.setenv("URM_NUM_THREADS", threads)
-    with forced("cpu", isa, scan):
+    with on_machine(*request.param, monkeypatch):
         yield request.param
 
 
@@ -181,21 +171,6 @@ def test_masks(machine, form, share, of_users):
     alive[3:7000:50] = False
     wanted = plain(queries, items, 60, mask=mask & alive, exclude=options["exclude"])
     assert_same_bits(score_topk(queries, table, 60, **options), wanted)
-
-
-@pytest.mark.parametrize("blocks", [False, True])
-def test_blocks_without_an_allowed_row_are_not_read(blocks):
-    """A mask of one block in a hundred of the packed order, and the same table without one."""
-    items = make_items("iid", 64_000, 32, 0)
-    table = in_blocks(items, blocks=blocks)
-    rows = table.codes().cells.order[:640, 0].long() if blocks else torch.arange(640)
-    mask = torch.zeros(64_000, dtype=torch.bool)
-    mask[rows] = True
-    queries = make_queries("iid", 2, 3, 32, 1, items)
-    with forced("cpu", scan="bounded"):
-        result, stats = score_topk(queries, table, 20, mask=mask, return_stats=True)
-    assert_same_bits(result, plain(queries, items, 20, mask=mask))
-    assert stats.bytes_read < 0.1 * table.memory()["code_blocks"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,12 +1,11 @@
 """Packed tables: the same bits as plain ones, whatever the data, the codes, the machine and the way of asking."""
 
-import packed_calls
 import pytest
 import torch
-from support import CODES, HALVES, INF, NAN, REDUCTIONS, assert_same_bits, bits, by_reference, packed
+from support import CODES, HALVES, INF, NAN, REDUCTIONS, assert_same_bits, bits, by_reference, on_machine, packed
 
 from urm_kernels import ItemTable, log_partition, score_topk
-from urm_kernels.testing import KINDS, available_backends, forced, make_items, make_queries
+from urm_kernels.testing import KINDS, forced, make_items, make_queries
 
 SYNTHETIC = [kind for kind in KINDS if kind not in ("smollm2", "minilm")]
 MACHINES = [
@@ -30,17 +29,7 @@ def generator(seed):
 def machine(request, monkeypatch):
     """An instruction set, a way to scan ("bounded": codes from the first row on, whatever they rule out), threads; or
     the CUDA kernels as they run without a GPU."""
-    isa, scan, threads = request.param
-    if isa == "cuda":
-        if reason := packed_calls.why_not(torch.device("cpu")):
-            pytest.skip(reason)
-        with packed_calls.packed_calls(None, torch.device("cpu")):
-            yield request.param
-        return
-    if ("cpu", isa) not in available_backends():
-        pytest.skip(f"cpu/{isa} cannot run on this machine")
-    monkeypatch.setenv("URM_NUM_THREADS", threads)
-    with forced("cpu", isa, scan):
+    with on_machine(*request.param, monkeypatch):
         yield request.param
 
 

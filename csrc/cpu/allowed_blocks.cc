@@ -42,24 +42,16 @@ AllowedBlocks::AllowedBlocks(const std::vector<AlignedVector<uint32_t>>& lists, 
 
 bool AllowedBlocks::any(int64_t first, int64_t count) const {
   for (int64_t user = first_user_; user < first_user_ + masks_; ++user)
-    if (among(user, first, 1, count)) return true;
+    if (among(user, first, count)) return true;
   return false;
 }
 
-uint32_t AllowedBlocks::among(int64_t user, int64_t first, int64_t step, int64_t count) const {
+uint32_t AllowedBlocks::among(int64_t user, int64_t first, int64_t count) const {
   const uint64_t* words = found_.data() + (masks_ == 1 ? 0 : user - first_user_) * words_;
-  uint32_t some = 0;
-  if (step == 1) {
-    const int64_t word = first / 64, bit = first % 64;
-    uint64_t bits = words[word] >> bit;
-    if (bit + count > 64) bits |= words[word + 1] << (64 - bit);
-    return static_cast<uint32_t>(bits & ((uint64_t{1} << count) - 1));
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t block = first + i * step;
-    some |= static_cast<uint32_t>(words[block / 64] >> block % 64 & 1) << i;
-  }
-  return some;
+  const int64_t word = first / 64, bit = first % 64;
+  uint64_t bits = words[word] >> bit;
+  if (bit + count > 64) bits |= words[word + 1] << (64 - bit);
+  return static_cast<uint32_t>(bits & ((uint64_t{1} << count) - 1));
 }
 
 }  // namespace urm

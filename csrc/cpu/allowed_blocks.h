@@ -15,8 +15,8 @@ class AllowedBlocks {
   // From the rows that masks allow: a list for each user from `first_user` on, or one for all.
   AllowedBlocks(const std::vector<AlignedVector<uint32_t>>& lists, const Codes& codes, int64_t first_user, int threads);
 
-  // Of blocks first, first + step, ..., `count` of them: the set of those that hold such a row.
-  uint32_t among(int64_t user, int64_t first, int64_t step, int64_t count) const;
+  // Of blocks [first, first + count), at most 32: the set of those that hold such a row.
+  uint32_t among(int64_t user, int64_t first, int64_t count) const;
 
   // Whether one of blocks [first, first + count) holds such a row, of any user.
   bool any(int64_t first, int64_t count) const;

@@ -1,5 +1,5 @@
 // Which rows a user may be given: a mask (bytes or bits, shared or one a user) and a sorted list of exclusions.
-// Asked only about survivors of the scan.
+// Asked about survivors of the scan; masks that allow few rows are listed before it (allowed_rows.h).
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,7 @@
 #include "group.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cmath>
 #include <numeric>
 
@@ -26,21 +27,16 @@ float length_of(const float* query, int64_t padded) {
   return static_cast<float>(std::sqrt(squares) * (1 + 1e-6)) + kLeastLength;
 }
 
-// Rows that a scan of the table, or of a list, meets.
-int64_t rows_met(const ScanRequest& request) {
-  return request.listed ? static_cast<int64_t>(request.listed->size()) : request.items.rows;
-}
-
 bool wanted(const ScanRequest& request, int64_t queries) {
   if (request.row_scale.data) return false;
   if (request.scan != ScanMode::kAuto) return request.scan == ScanMode::kBounded;
-  return queries > kDirectQueries && rows_met(request) >= kFewestRows;
+  return queries > kDirectQueries && request.rows_met() >= kFewestRows;
 }
 
 int useful_threads(const ScanRequest& request, int64_t queries, int64_t padded, bool coded) {
   if (request.all_threads) return request.threads;
   const int64_t fewest = request.listed ? kQueriesOfRead : kQueriesOfStream;
-  double work = static_cast<double>(rows_met(request)) * padded * std::max(queries, fewest);
+  double work = static_cast<double>(request.rows_met()) * padded * std::max(queries, fewest);
   if (coded) work /= kCodedSpeed;
   return static_cast<int>(std::clamp<double>(work / kWorkPerThread, 1, std::max(request.threads, 1)));
 }
@@ -74,12 +70,12 @@ Group::Group(const ScanRequest& request, int64_t first, int64_t last, int64_t pa
     pack_query_panel(packed.rows.data(), packed.total, padded, panel.data());
   }
   bounds = make_bounds(request, packed, users, padded);
-  const int64_t n = rows_met(request);
+  const int64_t n = request.rows_met();
   if (request.codes.bits && packed.total && request.scan != ScanMode::kExact &&
       (n >= kFewestRows || request.scan == ScanMode::kBounded))
     query_codes = encode_queries(packed, users, padded, request.codes, *request.kernels);
   const bool coded = !query_codes.empty();
-  permuted = listed() || (coded && request.codes.order);
+  permuted = request.listed || (coded && request.codes.order);
   if (coded && request.overlay.count) {
     for (int64_t i = 0; i < request.overlay.count; ++i) replaced.push_back(place_of(request.overlay.rows[i]));
     std::sort(replaced.begin(), replaced.end());
@@ -104,7 +100,10 @@ int64_t Group::next_replaced(int64_t place) const {
 
 uint32_t Group::allowed_blocks(int64_t user, int64_t first, int64_t step, int64_t count) const {
   const Filter& filter = request.filter;
-  if (request.blocks) return request.blocks->among(first_user + user, first, step, count);
+  if (request.blocks) {
+    assert(step == 1);  // a sample is not taken of few blocks
+    return request.blocks->among(first_user + user, first, count);
+  }
   const uint32_t all = static_cast<uint32_t>((uint64_t{1} << count) - 1);
   if (permuted || (filter.kind == MaskKind::kNone && !filter.alive)) return all;
   uint32_t some = 0;

@@ -63,10 +63,10 @@ struct Group {
 
   // Rows are met by their *places*: their numbers, unless codes lie in another order or some rows are listed. Rows
   // without codes keep theirs.
-  int64_t places() const { return listed() ? static_cast<int64_t>(request.listed->size()) : request.items.rows; }
+  int64_t places() const { return request.rows_met(); }
   int64_t row_at(int64_t place) const {
     if (!permuted) return place;
-    if (listed()) return (*request.listed)[place];
+    if (request.listed) return (*request.listed)[place];
     return place < request.codes.rows() ? request.codes.row_at(place) : place;
   }
   int64_t place_of(int64_t row) const {
@@ -96,9 +96,6 @@ struct Group {
 
   // The first row of the turn-th chunk, -1 behind the last.
   int64_t chunk_begin(int64_t turn) const { return turn < chunks ? turn * chunk_step % chunks * chunk_rows : -1; }
-
- private:
-  bool listed() const { return request.listed && query_codes.empty(); }
 };
 
 // Columns of a row in the kernels' memory.

@@ -48,6 +48,9 @@ struct ScanRequest : Request {
   const AlignedVector<uint32_t>* listed = nullptr;
   const AllowedBlocks* blocks = nullptr;
   bool few = false;
+
+  // Of the table, or of the list.
+  int64_t rows_met() const { return listed ? static_cast<int64_t>(listed->size()) : items.rows; }
 };
 
 // Exact top k.
