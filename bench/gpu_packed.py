@@ -1,9 +1,10 @@
 """Cells of packed tables in the GPU acceptance run, and how fast the device encodes.
 
 As in gpu_cells.py, but a result is compared with the bits of the plain call by Triton on the same factors, which the
-latency cells compare with float64; that call is also the peer. The floor is the larger of one read of the codes at the
-copy bandwidth and their products at the rate of mma.sync on bytes (at torch's int8 rate where no extension measures
-it).
+latency cells compare with float64; that call is also the peer. With a recall below 1 its scores and the share of ids
+that it has are. The floor is the larger of one read of the codes at the copy bandwidth and their products at the rate
+of mma.sync on bytes (at torch's int8 rate where no extension measures it); a table in blocks is not read whole, and may
+be below.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ _ITEMS, _QUERIES, _CENTRES = 0, 1, 2  # seeds
 
 
 class Cell(NamedTuple):
-    """A packed table of bfloat16 factors, reduce max. kind: of urm_kernels.testing.make_items. codes: as pack takes
-    them, joined by "+"."""
+    """A packed table of bfloat16 factors, reduce max. kind: of urm_kernels.testing.make_items. codes and blocks: as
+    pack takes them, codes joined by "+". recall: of score_topk."""
 
     kind: str
     codes: str
@@ -33,11 +34,14 @@ class Cell(NamedTuple):
     B: int
     M: int
     k: int
+    blocks: bool = False
+    recall: float = 1.0
 
     @property
     def name(self) -> str:
         sizes = f"N={self.N:.0e} r={self.r} B={self.B} M={self.M} k={self.k}".replace("e+0", "e")
-        return f"{self.kind} {self.codes} {sizes}"
+        way = " blocks" * self.blocks + f" recall={self.recall}" * (self.recall < 1)
+        return f"{self.kind} {self.codes}{way} {sizes}"
 
     @property
     def table(self) -> tuple[str, int, int]:
@@ -64,19 +68,23 @@ def named_cells() -> list[Cell | Encoding]:
     """Those of a table that have the same codes are neighbours."""
     small, middle, big = gpu_cells.ALL_ROWS
 
-    def some(kind: str, codes: str, rows: int, *shapes: tuple[int, int]) -> list[Cell | Encoding]:
-        return [Cell(kind, codes, rows, 128, *shape, 1000) for shape in shapes]
+    def some(kind: str, codes: str, rows: int, *shapes: tuple[int, int], **ways: Any) -> list[Cell | Encoding]:
+        return [Cell(kind, codes, rows, 128, *shape, 1000, **ways) for shape in shapes]
 
     cells = some("decay", "int4", big, *SHAPES)
     cells += some("decay", "int8", big, (1, 8), (64, 1))
     cells += some("decay", "int4+int8", big, (1, 8))
+    cells += some("decay", "int2+int4", big, (1, 1), (1, 8), (8, 8), recall=0.99)
     cells += some("clustered", "int4", big, *SHAPES)
     cells += some("clustered", "int8", big, (1, 8))
     # Many rows are close to the best: 4 bits tell little.
     cells += some("iid", "int8", big, (1, 1), (1, 8), (1, 128))
     cells += some("iid", "int4", big, (1, 8))
     cells += some("iid", "int4+int8", big, (1, 8))
+    cells += some("iid", "int2+int4", big, (1, 1), (1, 8), recall=0.99)
     cells += some("decay", "int4", middle, (1, 1), (1, 8), (64, 1))
+    cells += some("clustered", "int4", middle, (1, 8), (8, 8), (1, 128))
+    cells += some("clustered", "int4", middle, (1, 8), (8, 8), (1, 128), blocks=True)
     cells += some("decay", "int4", small, (1, 8), (64, 1))
     return cells + [Encoding(codes, 4_000_000, 128) for codes in ("int4", "int8")]
 
@@ -128,11 +136,11 @@ def queries_of(cell: Cell, device: str = "cuda") -> Tensor:
     return drawn.view(shape)
 
 
-def packed_copies(items: Tensor, codes: str) -> list[Any]:
+def packed_copies(items: Tensor, codes: str, blocks: bool = False) -> list[Any]:
     """The packed table, as many times as it takes for the codes to be larger than the cache."""
     import urm_kernels
 
-    table = urm_kernels.ItemTable(items).pack(kinds_of(codes))
+    table = urm_kernels.ItemTable(items).pack(kinds_of(codes), blocks=blocks)
     return [table, *(table.clone() for _ in range(gpu_cells.CACHE // table.codes().blocks.nbytes))]
 
 
@@ -144,7 +152,22 @@ def check_bits(found: Any, plain: Any) -> None:
     assert ids == scores == 0, f"not the plain call's: {ids} ids, {scores} scores"
 
 
-def proof(queries: Tensor, table: Any, k: int) -> dict[str, Any]:
+def check_share(found: Any, plain: Any, queries: Tensor, items: Tensor, recall: float) -> float:
+    """The share of the plain call's ids; raises AssertionError unless it is what was asked for, but for three standard
+    errors, and scores are those of the rows."""
+    import urm_kernels
+
+    exact = urm_kernels.score_candidates(queries, items, found.ids)
+    wrong = int((found.scores.view(torch.int32) != exact.view(torch.int32)).sum())
+    different = min(len(ids.unique()) for ids in found.ids)
+    assert wrong == 0 and different == found.ids.shape[1], f"{wrong} scores are not the rows', {different} ids differ"
+    had = [float(torch.isin(ids, own).float().mean()) for ids, own in zip(plain.ids, found.ids, strict=True)]
+    share, error = sum(had) / len(had), (recall * (1 - recall) / plain.ids.numel()) ** 0.5
+    assert share >= recall - 3 * error, f"a share of {share:.4f} was found, not {recall}"
+    return share
+
+
+def proof(queries: Tensor, table: Any, k: int, recall: float = 1.0) -> dict[str, Any]:
     """What the scan did: users whom the guess did not prove, and pairs of user and row that survived the first bounds
     and that were scored, of all pairs."""
     import urm_kernels
@@ -153,8 +176,9 @@ def proof(queries: Tensor, table: Any, k: int) -> dict[str, Any]:
     from urm_kernels.backends.table_view import ScanOptions, TableView
 
     device, view = queries.device, TableView(table.factors, codes=table.codes())
-    found = search.search(queries, view, ScanOptions(), k, launching.launcher(device), cuda.card(device))
-    _, stats = urm_kernels.score_topk(queries, table, k, return_stats=True, backend="cuda")
+    options = ScanOptions(recall=recall)
+    found = search.search(queries, view, options, k, launching.launcher(device), cuda.card(device))
+    _, stats = urm_kernels.score_topk(queries, table, k, recall=recall, return_stats=True, backend="cuda")
     survivors, scored = stats.survivors.tolist()
     return {
         "unproven_users": int(found.unproven),
@@ -178,14 +202,18 @@ def measure(cell: Cell, tables: list[Any], limits: dict[str, float], plain: str 
     queries = queries_of(cell, tables[0].factors.device.type)
 
     def ours(turn: int) -> Any:
-        return urm_kernels.score_topk(queries, tables[turn % len(tables)], cell.k, backend="cuda")
+        return urm_kernels.score_topk(queries, tables[turn % len(tables)], cell.k, recall=cell.recall, backend="cuda")
 
     def peer(turn: int) -> Any:
         return urm_kernels.score_topk(queries, tables[turn % len(tables)].factors, cell.k, backend=plain)
 
     result, extra = gpu_cells.with_extra_bytes(lambda: ours(0))
-    check_bits(result, peer(0))
-    did = proof(queries, tables[0], cell.k)
+    if cell.recall == 1:
+        check_bits(result, peer(0))
+        share = 1.0
+    else:
+        share = check_share(result, peer(0), queries, tables[0].factors, cell.recall)
+    did = proof(queries, tables[0], cell.k, cell.recall)
     ms, host = gpu_cells.milliseconds(ours), gpu_cells.host_milliseconds(ours)
     replay = gpu_cells.replayed_milliseconds(ours, len(tables))
     code_bytes = tables[0].codes().blocks.nbytes
@@ -202,6 +230,7 @@ def measure(cell: Cell, tables: list[Any], limits: dict[str, float], plain: str 
         "extra_mib": round(extra / 2**20, 2),
         "extra_share": round(extra / tables[0].memory()["total"], 5),
         **did,
+        "found_share": round(share, 5),
         "peers_ms": {name: round(value, 4) for name, value in peers.items()},
     }
     # Its result is right, but the second way took longer than the guess should.
@@ -255,15 +284,16 @@ def run_table(cells: list[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Measures the cells of one table, one after the other; yields (cell, figures or the error in words)."""
     limits, (kind, rows, r) = gpu_cells.ceilings(), cells[0].table
     items = items_of("decay" if kind == "encode" else kind, rows, r)
-    packed: dict[str, list[Any]] = {}
+    packed: dict[tuple[str, bool], list[Any]] = {}
 
     def figures(cell: Any) -> dict[str, Any]:
         if isinstance(cell, Encoding):
             return measure_encoding(cell, items, limits)
-        if cell.codes not in packed:
+        way = (cell.codes, cell.blocks)
+        if way not in packed:
             packed.clear()  # before the next ones are made
-            packed[cell.codes] = packed_copies(items, cell.codes)
-        return measure(cell, packed[cell.codes], limits)
+            packed[way] = packed_copies(items, *way)
+        return measure(cell, packed[way], limits)
 
     for cell in cells:
         yield gpu_cells.attempted(cell, limits, lambda cell=cell: figures(cell))

@@ -10,7 +10,7 @@ _USERS = 96  # of one scan, each with the threshold of another row
 _SCANNED = 600  # pairs of a user and a row in one check
 
 
-def found_at(queries, table, thresholds, rows):
+def found_at(queries, table, thresholds, rows, recall=1.0):
     """bool [B], whether a scan finds a row: queries [B, M, r]; thresholds and rows [B], one of each for every user."""
     device, (users, count, _) = queries.device, queries.shape
     view = TableView(table.factors, row_scale=table.row_scale, codes=table.codes())
@@ -18,7 +18,8 @@ def found_at(queries, table, thresholds, rows):
     # Only that row may be found: what else reaches the threshold would be scored for nothing.
     mask = torch.zeros(users, len(table), dtype=torch.bool, device=device)
     mask[torch.arange(users), rows] = True
-    ((_, call),) = search._calls(queries, view, ScanOptions(mask=mask), count, users)
+    shares = search.slack_shares(view, recall)
+    ((_, call),) = search._calls(queries, view, ScanOptions(mask=mask), count, users, shares)
     unproven = torch.zeros(1, dtype=torch.int64, device=device)
     one = search.Search(call, view, 1, sizes, launching.launcher(device), cuda.card(device), None, unproven)
     one._prepare()

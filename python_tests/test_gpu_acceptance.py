@@ -30,7 +30,7 @@ FIGURES = {
 }  # fmt: skip
 PACKED = {
     **FIGURES, "host_ms": 0.2, "of_s8_rate": 0.1, "unproven_users": 0, "survivors": 90_000, "scored": 2000,
-    "pairs": 50_000_000, "bytes_read": 10**9, "peers_ms": {"plain": 6.0, "plain_call": 6.5},
+    "pairs": 50_000_000, "bytes_read": 10**9, "found_share": 1.0, "peers_ms": {"plain": 6.0, "plain_call": 6.5},
 }  # fmt: skip
 ENCODED = {
     "status": "ok", "ms": 8.0, "floor_ms": 0.4, "of_floor": 0.05, "rows_per_s": 5e8, "bar_rows_per_s": 2e8, "met": True,
@@ -175,7 +175,7 @@ def test_a_packed_cell_that_is_wrong_or_unproven_is_a_failure(acceptance, sham, 
     failing = [line for line in report(tmp_path)["packed"] if line["status"] != "ok"]
     assert {line["M"] for line in failing} == {128} and "latency" not in report(tmp_path)
     out = capsys.readouterr().out
-    assert out.count(words) == len(failing) == 3
+    assert out.count(words) == len(failing) == 5
 
 
 def test_each_tool_of_the_sanitizer_is_told_what_to_watch_and_counted(acceptance, monkeypatch):

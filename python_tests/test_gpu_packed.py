@@ -9,6 +9,7 @@ import torch
 
 from urm_kernels import ItemTable, score_topk
 from urm_kernels.backends import cuda, reference
+from urm_kernels.backends.cuda import plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import gpu_cells
@@ -18,10 +19,10 @@ from test_gpu_acceptance import ENCODED, PACKED
 LIMITS = {"copy_gb_per_s": 3000.0, "int8_top_per_s": 1500.0, "s8_mma_top_per_s": 1000.0}
 
 
-def packed_table(kind, codes, rows=9000, r=16):
+def packed_table(kind, codes, rows=9000, r=16, **ways):
     """(cell, table) on the CPU, with rows enough for a scan."""
-    cell = gpu_packed.Cell(kind, codes, rows, r, 2, 3, 10)
-    return cell, ItemTable(gpu_packed.items_of(kind, rows, r, "cpu")).pack(gpu_packed.kinds_of(codes))
+    cell = gpu_packed.Cell(kind, codes, rows, r, 2, 3, 10, **ways)
+    return cell, gpu_packed.packed_copies(gpu_packed.items_of(kind, rows, r, "cpu"), codes, cell.blocks)[0]
 
 
 @pytest.fixture
@@ -68,6 +69,33 @@ def test_a_packed_cell_that_is_wrong_is_not_timed_and_one_that_is_unproven_fails
     monkeypatch.setattr(gpu_cells, "milliseconds", None)
     with pytest.raises(AssertionError, match="not the plain call's: 20 ids, 0 scores"):
         gpu_packed.measure(cell, [table], LIMITS, plain="reference")
+
+
+def test_a_recall_below_one_is_compared_by_scores_and_share(stand_in, without_clocks, monkeypatch):
+    cell, table = packed_table("iid", "int2+int4", recall=0.9)
+    assert cell.name.startswith("iid int2+int4 recall=0.9 N=9e3")
+    figures = gpu_packed.measure(cell, [table], LIMITS, plain="reference")
+    assert set(PACKED) - {"status", "ceilings"} <= set(figures) and "status" not in figures
+    assert 0.8 < figures["found_share"] <= 1
+    queries = gpu_packed.queries_of(cell, "cpu")
+    plain = score_topk(queries, table.factors, 10)
+    last = score_topk(queries, table.factors, 9000)
+    for wrong, words in (
+        (type(plain)(last.scores[:, -10:], last.ids[:, -10:]), "a share of 0.0000 was found, not 0.9"),
+        (plain._replace(scores=plain.scores + 1), "20 scores are not the rows', 10 ids differ"),
+        (type(plain)(plain.scores[:, :1].expand(2, 10), plain.ids[:, :1].expand(2, 10)), "0 scores .*, 1 ids differ"),
+    ):
+        with pytest.raises(AssertionError, match=words):
+            gpu_packed.check_share(wrong, plain, queries, table.factors, 0.9)
+
+
+def test_cells_of_tables_in_blocks_are_those_of_a_scan_that_leaves_tiles_out(stand_in, without_clocks, monkeypatch):
+    monkeypatch.setattr(plan, "FEWEST_LISTED", 1)
+    cell, table = packed_table("clustered", "int4", 70_000, blocks=True)
+    assert cell.name.startswith("clustered int4 blocks N=7e4") and table.codes().cells is not None
+    figures = gpu_packed.measure(cell, [table], LIMITS, plain="reference")
+    assert "status" not in figures and figures["found_share"] == 1
+    assert figures["bytes_read"] < table.codes().blocks.nbytes
 
 
 def test_one_wrong_bit_of_a_packed_result_is_found():
@@ -135,7 +163,7 @@ def test_a_packed_table_is_measured_code_by_code_and_an_error_costs_its_own_cell
     made = []
     monkeypatch.setattr(gpu_cells, "ceilings", lambda: LIMITS)
     monkeypatch.setattr(gpu_packed, "items_of", lambda kind, rows, r: torch.zeros(rows, r))
-    monkeypatch.setattr(gpu_packed, "packed_copies", lambda items, codes: made.append(codes) or [codes])
+    monkeypatch.setattr(gpu_packed, "packed_copies", lambda items, *way: made.append(way) or [way])
 
     def measure(cell, tables, limits):
         if cell.M == 8:
@@ -145,7 +173,8 @@ def test_a_packed_table_is_measured_code_by_code_and_an_error_costs_its_own_cell
     monkeypatch.setattr(gpu_packed, "measure", measure)
     cells = [cell._replace(N=10) for cell in gpu_packed.named_cells() if cell.table[0] == "clustered"]
     found = list(gpu_packed.run_table(cells))
-    assert [cell for cell, _ in found] == cells and made == ["int4", "int8"]
+    assert [cell for cell, _ in found] == cells
+    assert made == [("int4", False), ("int8", False), ("int4", False), ("int4", True)]
     assert all(figures["ceilings"] == LIMITS for _, figures in found)
     for cell, figures in found:
         assert figures["status"] == ("failed: ValueError: wrong" if cell.M == 8 else "ok")

@@ -98,17 +98,19 @@ def score_topk(
             packed table rule rows out by probable bounds: at a threshold that is guessed before the scan, a row that
             reaches it is lost with a probability of at most 1 - recall, over queries, given the table's rotation. A
             query that was made from the table's own codes has no such promise. What is returned is scored exactly,
-            does not depend on threads, timing or instruction set, and is exact (``ScanStats.proven``) where probable
-            bounds cannot win: on tables without codes, of fewer than 65,536 rows, 2**22 numbers or 16 elements a row;
-            while rows are being replaced; in calls of more than 16 queries; where they rule out too little for some
-            user of the call; for users whose threshold is refuted; and by the other backends than "cpu". Fewest bytes
-            are read from ``pack(("int2", "int4"))``; on codes of 4 or 8 bits fewer rows are left to score. Source:
-            RaBitQ (Gao and Long, SIGMOD 2024) for the law of the error.
+            does not depend on threads, timing, instruction set or card, and is exact (``ScanStats.proven``) where
+            probable bounds cannot win: on tables without codes, in blocks, or of fewer than 16 elements a row; while
+            rows are being replaced; for users whose threshold is refuted or whose queries have no certain bound. By
+            "cpu" also on tables of fewer than 65,536 rows or 2**22 numbers, in calls of more than 16 queries, and
+            where they rule out too little for some user of the call; by "cuda" on tables of up to 8192 rows or 4 k;
+            and always by "triton" and "reference". Fewest bytes are read from ``pack(("int2", "int4"))``; on codes of
+            4 or 8 bits fewer rows are left to score. Source: RaBitQ (Gao and Long, SIGMOD 2024) for the law of the
+            error.
         sorted: False leaves the order within the k open.
         sparse_grad: the gradient of ``items`` is a coalesced COO tensor that holds the rows returned only.
         return_stats: also return :class:`ScanStats`: what was read, what survived the bounds.
-        backend: "cpu", "triton" or "reference", which raises where it cannot run the call; None takes what the
-            environment variable URM_BACKEND names, else lets the library choose.
+        backend: "cpu", "cuda" (packed tables), "triton" or "reference", which raises where it cannot run the call;
+            None takes what the environment variable URM_BACKEND names, else lets the library choose.
 
     Returns:
         :class:`TopK`; with ``return_stats`` a tuple of it and :class:`ScanStats`. ``scores`` carries gradients to

@@ -103,7 +103,8 @@ __device__ inline float usable_reference(float reference, int64_t r, int bits) {
 
 // What a scan and its survivors need of the codes of the queries, `width` columns a user. The scan's operands lie as
 // scan_codes.h says; for one row at a time there are words [B, quads, width], starts, kept and lost [B, width]. Of a
-// user: step (0: no certain bound), and the largest kept and lost.
+// user: step (0: no certain bound), and the largest kept and lost. Of all: the shares of the certain slack in bounds
+// of the scan and of single rows, as the bits of floats; below 1 bounds are probable.
 struct QueryCodes {
   uint32_t* fragments;
   int32_t* starts;
@@ -111,6 +112,10 @@ struct QueryCodes {
   uint32_t* words;
   int32_t* row_starts;
   float *kept, *lost, *step, *kept_most, *lost_most;
+  int64_t slack_bits, row_slack_bits;
+
+  __device__ float slack() const { return float_of_bits(static_cast<uint32_t>(slack_bits)); }
+  __device__ float row_slack() const { return float_of_bits(static_cast<uint32_t>(row_slack_bits)); }
 };
 
 // Place of a column's quad among the words that the tensor cores read: see tile.h.
@@ -167,8 +172,11 @@ __global__ void encode_queries(int64_t B, int64_t places, int64_t r, int64_t bit
     if (lane == 0) {
       const float g = there ? static_cast<float>(sqrt(kept) * kLengthGrowth) + kLeastKept : 0.0f;
       const float f = there ? static_cast<float>(sqrt(lost) * kLengthGrowth) + kLeastKept : 0.0f;
-      const double slack = static_cast<double>(g) * usable_reference(reference[0], r, bits) +
-                           static_cast<double>(f) * usable_reference(reference[1], r, bits);
+      const double of_row = static_cast<double>(g) * usable_reference(reference[0], r, bits);
+      const double of_query = static_cast<double>(f) * usable_reference(reference[1], r, bits);
+      // Of a probable bound: standard deviations of two errors, which do not depend on each other.
+      const double slack =
+          out.slack() < 1.0f ? out.slack() * sqrt(of_row * of_row + of_query * of_query) : of_row + of_query;
       const int32_t start = static_cast<int32_t>(ceil(slack / step * kLengthGrowth)) - offset_of_operand(bits) * sum;
       out.starts[column] = !there      ? absent_start(bits)
                            : bits == 2 ? (start + 1) >> 1

@@ -72,7 +72,9 @@ struct One {
 };
 
 // Of 32 queries from `first` on, a bit for each whose own bound of the row at a place reaches the user's threshold.
-// Where one does under logsumexp, all are needed.
+// Where one does under logsumexp, all are needed. These bounds are certain: a probable one says which rows to score,
+// not which queries make their scores. Where bounds are probable, there is no query unless one of these reaches it as
+// well; of users with more queries than that, the scan's have decided.
 template <int kBits>
 __device__ inline uint32_t queries_that_reach(const ScanCall& call, int64_t user, int64_t place, int64_t first) {
   const int64_t r = call.table.r, width = call.queries.width, m = first + lane_of_warp();
@@ -90,16 +92,20 @@ __device__ inline uint32_t queries_that_reach(const ScanCall& call, int64_t user
   const CodedLengths<One> lengths{{side.scale}, {value_of_half(side.lost)}, {value_of_half(side.norm)}};
   const float error =
       code_error(r, call.rotation_roundings) * (call.queries.kept_most[user] + call.queries.lost_most[user]);
-  float bound = code_bound<One>({float_not_below(sum)}, {step}, {call.queries.kept[at]}, {call.queries.lost[at]},
-                                {error}, {kCodeUnderflow}, lengths)
-                    .x;
-  if (call.users.log_sum_exp) {
-    float relative, offset;
-    log_sum_exp_excess(count, &relative, &offset);
-    bound = fused_multiply_add(fabsf(bound), relative, bound) + offset;
-  }
-  if (call.table.bias.data) bound += value_of(call.table.bias, row_at(call.codes, place));
-  return __ballot_sync(kAllLanes, there && !(bound < call.limits.threshold[user]));
+  const float bias = call.table.bias.data ? value_of(call.table.bias, row_at(call.codes, place)) : 0.0f;
+  const auto that_reach = [&](float slack) {
+    float bound = code_bound<One>({float_not_below(sum)}, {step}, {slack * call.queries.kept[at]},
+                                  {slack * call.queries.lost[at]}, {error}, {kCodeUnderflow}, lengths)
+                      .x;
+    if (call.users.log_sum_exp) {
+      float relative, offset;
+      log_sum_exp_excess(count, &relative, &offset);
+      bound = fused_multiply_add(fabsf(bound), relative, bound) + offset;
+    }
+    return __ballot_sync(kAllLanes, there && !(bound + bias < call.limits.threshold[user]));
+  };
+  const float slack = count <= kWarp ? call.queries.row_slack() : 1.0f;
+  return slack < 1.0f && !that_reach(slack) ? 0u : that_reach(1.0f);
 }
 
 // Scores two pairs of a user and a place, one a half warp, and lists their keys where they reach the threshold.

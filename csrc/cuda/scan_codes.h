@@ -88,8 +88,8 @@ __device__ __forceinline__ void scan_tiles(const ScanCall& call, int64_t group_u
       if (call.queries.step[user] == 0.0f) continue;
       const float over = call.limits.inverse[user] * (1.0f + 0x1p-20f);
       const float kept = call.queries.kept_most[user], lost = call.queries.lost_most[user];
-      most.kept = larger(kept * over, most.kept);
-      most.lost = larger(lost * over, most.lost);
+      most.kept = larger(kept * over * call.queries.slack(), most.kept);
+      most.lost = larger(lost * over * call.queries.slack(), most.lost);
       most.error = larger(code_error(r, call.rotation_roundings) * (kept + lost) * over, most.error);
     }
     most = {largest_of_lanes(most.kept), largest_of_lanes(most.lost), largest_of_lanes(most.error)};

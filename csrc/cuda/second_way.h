@@ -14,6 +14,7 @@ struct SecondWay {
   int64_t* unproven;     // how many users, of all calls that share it
   int32_t* left;         // [B + 1], whether the user is one of them; how many of this call are
   uint32_t* histograms;  // [B, kPasses, kPassBins]
+  uint8_t* proven;       // [B], whether a user's result is certainly exact; null where all are
 };
 
 __device__ inline int shift_of_pass(int pass) {
@@ -77,7 +78,11 @@ __global__ void begin_second_way(int64_t B, Limits limits, Found found, SecondWa
   const bool short_of = limits.threshold[user] > -infinity() && count < wanted;
   const bool left = wanted > 0 && (short_of || count > found.capacity);
   __syncthreads();
-  if (threadIdx.x == 0) second.left[user] = left;
+  if (threadIdx.x == 0) {
+    second.left[user] = left;
+    // An infinite limit rules out nothing, or belongs to a user who can get nothing.
+    if (second.proven) second.proven[user] = left || !(fabsf(limits.limit[user]) < infinity());
+  }
   if (!left) return;
   if (threadIdx.x == 0) {
     atomicAdd(reinterpret_cast<unsigned long long*>(second.unproven), 1ull);

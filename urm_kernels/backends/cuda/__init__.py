@@ -21,7 +21,7 @@ from . import encoding, launching, search
 from .plan import Card
 
 COUNTS = True  # whether it counts what a scan does
-PROBABLE = False  # whether it makes use of a recall below 1
+PROBABLE = True  # whether it makes use of a recall below 1
 ROW_SCALE = True  # whether rows may have a scale
 
 
@@ -71,12 +71,20 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def score_topk(
-    queries: Tensor, table: TableView, options: ScanOptions, k: int, sorted: bool, counts: Tensor | None = None
+    queries: Tensor,
+    table: TableView,
+    options: ScanOptions,
+    k: int,
+    sorted: bool,
+    counts: Tensor | None = None,
+    proven: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See urm_kernels.score_topk; queries are float32 [B, M, r]. What the scan did is added to counts, int64 [5]."""
+    """See urm_kernels.score_topk; queries are float32 [B, M, r]. What the scan did is added to counts, int64 [5];
+    proven, bool [B], all True, becomes False for users whose result need not be exact."""
     device = queries.device
     with _on(device):
-        found = search.search(queries, table, options, k, launching.launcher(device), card(device), counts)
+        launcher = launching.launcher(device)
+        found = search.search(queries, table, options, k, launcher, card(device), counts, proven)
     return found.scores, found.ids
 
 

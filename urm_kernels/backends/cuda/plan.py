@@ -53,11 +53,12 @@ class Plan(NamedTuple):
     capacity: int = 0
 
 
-def make_plan(users: int, places: int, rows: int, r: int, k: int, cells: int = 0) -> Plan:
+def make_plan(users: int, places: int, rows: int, r: int, k: int, cells: int = 0, recall: float = 1.0) -> Plan:
     """Of the k best rows a sample of S holds k S / N on average. The rank is four standard deviations above that, plus
     four for small counts: about one user in 100,000 needs the second way. Lists have room for twice the rows that this
     rank lets through. Maxima, 16 times as many as the rank, lose hardly any of the best sampled rows to each other.
-    Of `cells`, if any, a scan keeps bounds.
+    Of `cells`, if any, a scan keeps bounds. Of rows that reach the guess a share of `recall` is found, or of half:
+    a probable bound is below its score in one case of two at most.
     """
     group = max(1, min(users, GROUP, GROUP_ELEMENTS // (places * max(r, 1)), BOUND_BYTES // (4 * max(cells, 1))))
     if rows <= max(DENSE_ROWS, 4 * k):
@@ -65,7 +66,7 @@ def make_plan(users: int, places: int, rows: int, r: int, k: int, cells: int = 0
     wanted = min(max(SAMPLED_DOTS // (group * places), FEWEST_SAMPLED), MOST_SAMPLED)
     step = max(-(-rows // wanted), 1)
     sample = -(-rows // step)
-    share = k * sample / rows
+    share = k * sample / rows / max(recall, 0.5)
     rank = min(math.ceil(share + 4 * math.sqrt(share) + 4), sample)
     turns = max(1, min(MOST_TURNS, sample // (16 * rank)))
     slots = -(-sample // turns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from .tiles import cells_asked, list_tiles
 _COMBINE = {"max": 0, "logsumexp": 0, "sum": 1, "mean": 2}
 _SELECT_THREADS = 512
 _PASSES, _PASS_BINS = 6, 2048
+_CERTAIN = (1.0, 1.0)  # shares of the slack
 _WIDEST_BLOCK = 2048  # up to this r a block rotates as many queries as it has warps, else one
 
 
@@ -40,6 +42,7 @@ class _Call(NamedTuple):
     places: int  # queries of a user once they are combined
     log_sum_exp: bool
     combine: int
+    shares: tuple[float, float]  # of the certain slack, see slack_shares
 
 
 def search(
@@ -50,8 +53,10 @@ def search(
     launcher: Launcher,
     card: Card,
     counts: Tensor | None = None,
+    proven: Tensor | None = None,
 ) -> Found:
-    """See urm_kernels.score_topk; what it took is added to counts, int64 [5]."""
+    """See urm_kernels.score_topk; what it took is added to counts, int64 [5]. proven: bool [B], all True, becomes False
+    for users whose result need not be exact."""
     users, rows, device = queries.shape[0], table.items.shape[0], queries.device
     scores = torch.empty((users, k), dtype=torch.float32, device=device)
     ids = torch.empty((users, k), dtype=torch.int64, device=device)
@@ -62,14 +67,30 @@ def search(
         return Found(scores.fill_(-torch.inf), ids.fill_(-1), unproven)
     places = queries.shape[1] if options.reduce in ("max", "logsumexp") else 1
     cells = cells_asked(table)
-    plan = make_plan(users, places, rows, table.items.shape[1], k, cells.number() if cells else 0)
-    for part, call in _calls(queries, table, options, places, plan.group):
-        Search(call, table, k, plan, launcher, card, counts, unproven).run(scores[part], ids[part])
+    shares = slack_shares(table, options.recall)
+    recall = 1.0 if shares == _CERTAIN else options.recall
+    plan = make_plan(users, places, rows, table.items.shape[1], k, cells.number() if cells else 0, recall)
+    for part, call in _calls(queries, table, options, places, plan.group, shares):
+        of_call = None if proven is None or shares == _CERTAIN else proven[part]
+        Search(call, table, k, plan, launcher, card, counts, unproven, of_call).run(scores[part], ids[part])
     return Found(scores, ids, unproven)
 
 
+def slack_shares(table: TableView, recall: float) -> tuple[float, float]:
+    """Of tables in blocks all bounds are certain: cells rule out more than less slack does, and which promising rows
+    they raise a threshold by is chance."""
+    assert table.codes is not None
+    in_blocks = table.codes.cells is not None
+    return _CERTAIN if in_blocks else formats.slack_shares(recall, table.codes, table.items.shape[1])
+
+
 def _calls(
-    queries: Tensor, table: TableView, options: ScanOptions, places: int, group: int
+    queries: Tensor,
+    table: TableView,
+    options: ScanOptions,
+    places: int,
+    group: int,
+    shares: tuple[float, float] = _CERTAIN,
 ) -> Iterator[tuple[slice, _Call]]:
     mask, exclude = options.mask, options.exclude
     if mask is not None and mask.dtype == torch.uint8 and mask.stride(-1) != 1:
@@ -83,9 +104,10 @@ def _calls(
         # Of one query it is the dot itself, in the same bits.
         log_sum_exp = options.reduce == "logsumexp" and places > 1
         excluded = None if exclude is None else exclude[part]
+        combine = _COMBINE[options.reduce]
         yield (
             part,
-            _Call(queries[part].contiguous(), exists, own, excluded, places, log_sum_exp, _COMBINE[options.reduce]),
+            _Call(queries[part].contiguous(), exists, own, excluded, places, log_sum_exp, combine, shares),
         )
 
 
@@ -102,11 +124,12 @@ class Search:
         card: Card,
         counts: Tensor | None,
         unproven: Tensor,
+        proven: Tensor | None = None,
     ) -> None:
         assert table.codes is not None
         self.call, self.table, self.codes, self.k, self.plan = call, table, table.codes, k, plan
         self.cells = None if plan.dense else cells_asked(table)
-        self.launcher, self.card, self.unproven = launcher, card, unproven
+        self.launcher, self.card, self.unproven, self.proven = launcher, card, unproven, proven
         self.held: list[Tensor] = []  # until the launches that write them are queued
         users, (rows, r) = len(call.queries), table.items.shape
         self.users, self.rows, self.r = users, rows, r
@@ -183,11 +206,12 @@ class Search:
             rotation_words(codes, r), (self.packed.data_ptr(),), (self.rotated.data_ptr(),),
             (self.largest.data_ptr(),), (self.existing.data_ptr(),), (kept,), (lost,), (self.found.data_ptr(),),
         )  # fmt: skip
-        self.codes_of_queries = self._encoded(formats.bits_of(codes, r), codes.fine is not None, codes.reference)
+        bits, fine = formats.bits_of(codes, r), codes.fine is not None
+        self.codes_of_queries = self._encoded(bits, fine, codes.reference, call.shares)
         if self.cells is not None:
-            self.queries_of_cells = self._encoded(CELL_BITS, False, self.cells.reference)
+            self.queries_of_cells = self._encoded(CELL_BITS, False, self.cells.reference, _CERTAIN)
 
-    def _encoded(self, bits: int, fine: bool, reference: Tensor) -> Words:
+    def _encoded(self, bits: int, fine: bool, reference: Tensor, shares: tuple[float, float]) -> Words:
         """struct QueryCodes, beside codes of so many bits."""
         scan, places, width = self.scan, self.call.places, columns_of_user(self.call.places)
         products = -(-self.users * width // 8)
@@ -197,7 +221,7 @@ class Search:
         kept, lost = self.floats(2, products * 8).unbind()
         made = (
             fragments.data_ptr(), starts.data_ptr(), width, scan.step_pairs, words.data_ptr(), row_starts.data_ptr(),
-            kept.data_ptr(), lost.data_ptr(), *self.most_words,
+            kept.data_ptr(), lost.data_ptr(), *self.most_words, *map(_bits_of_float, shares),
         )  # fmt: skip
         self.launch(
             "encode_queries", (self.card.blocks(self.users * width), 1), THREADS, 0,
@@ -265,7 +289,7 @@ class Search:
     def _second_way(self) -> None:
         left = self.zeros(self.users + 1)
         histograms = self.room(torch.int32, self.users, _PASSES, _PASS_BINS)
-        second = (self.unproven.data_ptr(), left.data_ptr(), histograms.data_ptr())
+        second = (self.unproven.data_ptr(), left.data_ptr(), histograms.data_ptr(), address(self.proven))
         self.launch(
             "begin_second_way", (self.users, 1), 256, 0, (self.users,), self.limit_words, self.found_words, second
         )
@@ -287,6 +311,10 @@ class Search:
         )  # fmt: skip
         if best is not None:
             _unpack(best, scores, ids)
+
+
+def _bits_of_float(x: float) -> int:
+    return int(struct.unpack("<I", struct.pack("<f", x))[0])
 
 
 def _rotation_roundings(codes: Codes) -> int:
