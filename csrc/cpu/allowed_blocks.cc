@@ -46,6 +46,19 @@ bool AllowedBlocks::any(int64_t first, int64_t count) const {
   return false;
 }
 
+std::pair<int64_t, int64_t> AllowedBlocks::next_run(int64_t first, int64_t most) const {
+  if (masks_ > 1) return {first, 0};
+  for (int64_t word = first / 64; word < words_; ++word) {
+    uint64_t bits = found_[word];
+    if (word == first / 64) bits &= ~uint64_t{0} << first % 64;
+    if (!bits) continue;
+    const int from = __builtin_ctzll(bits);
+    const uint64_t behind = ~(bits >> from);
+    return {word * 64 + from, behind ? std::min<int64_t>(most, __builtin_ctzll(behind)) : most};
+  }
+  return {first, 0};
+}
+
 uint32_t AllowedBlocks::among(int64_t user, int64_t first, int64_t count) const {
   const uint64_t* words = found_.data() + (masks_ == 1 ? 0 : user - first_user_) * words_;
   const int64_t word = first / 64, bit = first % 64;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "../common/codes.h"
@@ -20,6 +21,9 @@ class AllowedBlocks {
 
   // Whether one of blocks [first, first + count) holds such a row, of any user.
   bool any(int64_t first, int64_t count) const;
+
+  // The first run of such blocks from `first` on, at most `most`: where it begins, and how many; of one list for all.
+  std::pair<int64_t, int64_t> next_run(int64_t first, int64_t most) const;
 
   // In all lists.
   int64_t count() const { return count_; }

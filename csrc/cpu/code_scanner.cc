@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "allowed_blocks.h"
 #include "partition_results.h"
 #include "rescore.h"
 #include "topk_results.h"
@@ -18,6 +19,10 @@ bool is_among(uint64_t groups, int64_t g) {
 template <class Results>
 int64_t CodeScanner<Results>::scan(int64_t first_block, int64_t blocks) {
   const int64_t next = first_block + blocks;
+  if (request_.blocks) {
+    const auto [first, run] = request_.blocks->next_run(next, kStretchBlocks);
+    return scan_users(first_block, blocks, nullptr, memory_of(first, run));
+  }
   // Blocks of a sample lie apart; the processor does not foresee them, but there are few.
   const int64_t more = step_ == 1 ? std::min<int64_t>(kStretchBlocks, codes_.count - next) : 0;
   return scan_users(first_block, blocks, nullptr, memory_of(next, more));
@@ -40,7 +45,7 @@ int64_t CodeScanner<Results>::scan_users(int64_t first_block, int64_t blocks, co
     if (some) some &= group_.allowed_blocks(user, first_block * step_, step_, blocks);
     if (!some) continue;
     // Where some blocks are left out, the next ones will be.
-    if (!wanted && __builtin_popcount(some) < blocks) ahead = {nullptr, 0};
+    if (!wanted && !request_.blocks && __builtin_popcount(some) < blocks) ahead = {nullptr, 0};
     survived += scan_user(user, first_block, some, bias, ahead);
     ahead = {nullptr, 0};
     read |= some;

@@ -12,7 +12,9 @@ namespace {
 
 constexpr int64_t kGroupQueries = 512;       // packed queries of a group stay in the second-level cache
 constexpr int64_t kWorkPerThread = 1 << 22;  // multiply-adds that pay for waking a thread, about 0.2 ms
-constexpr int64_t kChunkRows = 4096;         // rows handed out at a time
+constexpr int64_t kChunkRows = 1 << 12;      // rows handed out at a time, at least
+constexpr int64_t kMostChunkRows = 1 << 14;  // beginning one costs as much as 200 rows of codes
+constexpr int64_t kChunksOfThread = 64;      // fewer are worse to share
 constexpr int64_t kQueriesOfStream = 4;      // whose dots take as long as reading a row behind another
 constexpr int64_t kQueriesOfRead = 16;       // and as reading one that lies by itself
 constexpr double kCodedSpeed = 4;            // of sums of products of codes beside dots
@@ -83,7 +85,8 @@ Group::Group(const ScanRequest& request, int64_t first, int64_t last, int64_t pa
   threads = useful_threads(request, packed.total, padded, coded);
   int64_t wide = std::lcm(request.kernels->panel_rows, bounds.score ? bounds.score->panel_rows : 1);
   if (coded) wide = std::lcm(wide, std::max<int64_t>(kBlockRows, request.codes.cells.rows));
-  chunk_rows = round_up(std::clamp<int64_t>(threads == 1 ? n : n / (8 * threads), 1, kChunkRows), wide);
+  const int64_t most = std::clamp(n / (kChunksOfThread * threads), kChunkRows, kMostChunkRows);
+  chunk_rows = round_up(std::clamp<int64_t>(threads == 1 ? n : n / (8 * threads), 1, most), wide);
   chunks = (n + chunk_rows - 1) / chunk_rows;
   if (coded) chunk_step = scattering_step(chunks);
 }
