@@ -5,7 +5,8 @@
 
 One line a shape: milliseconds of a call, medians of queries that take turns, whose results are compared bit by bit
 before anything is timed; the share of (user, block) pairs that was read; then the ratios. With --masks also a mask of
-one block in a hundred of the packed order and one of every hundredth row. The results are also written as JSON.
+one block in a hundred of the packed order and one of every hundredth row, as bitsets. The results are also written as
+JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,6 +77,10 @@ def shape_of(table: ItemTable, plain: ItemTable, asked: Sequence[Tensor], k: int
     return {"ms": ms, "read": share, "users": len(asked[0]), "queries": asked[0].shape[1], "k": k}
 
 
+def bits_of(mask: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
+
+
 def masks_of(table: ItemTable, asked: Sequence[Tensor], k: int) -> dict[str, Any]:
     codes = table.codes()
     assert codes is not None
@@ -83,6 +89,7 @@ def masks_of(table: ItemTable, asked: Sequence[Tensor], k: int) -> dict[str, Any
     of_blocks, of_rows = torch.zeros(len(table), dtype=torch.bool), torch.zeros(len(table), dtype=torch.bool)
     of_blocks[rows[torch.randperm(len(rows))[: len(rows) // 100]].flatten()] = True
     of_rows[torch.randperm(len(table))[: len(table) // 100]] = True
+    of_blocks, of_rows = bits_of(of_blocks), bits_of(of_rows)
     ways: dict[str, Callable[[Tensor], Any]] = {
         "all": lambda q: score_topk(q, table, k),
         "blocks": lambda q: score_topk(q, table, k, mask=of_blocks),

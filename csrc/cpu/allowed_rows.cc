@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 
 #include "thread_pool.h"
 
@@ -11,10 +12,10 @@ namespace {
 constexpr int64_t kWord = 64;
 constexpr int64_t kFewestWords = 1024;  // for which a thread is woken
 constexpr int64_t kPartsOfThread = 8;
-constexpr int64_t kAskedAfter = 64;  // words, whether there are too many
-constexpr int64_t kAtOnce = 4;       // rows written, however few a word has: their number cannot be foreseen
+constexpr int64_t kAtOnce = 4;  // rows written, however few a word has: their number cannot be foreseen
 
-// Lists one mask after another, in the same memory.
+// Lists one mask after another. Counts first, so that a list has the memory it needs and no more: fresh memory takes
+// longer than reading a mask twice.
 class Lister {
  public:
   Lister(const Filter& filter, int64_t rows, int threads)
@@ -23,61 +24,65 @@ class Lister {
         words_((rows + kWord - 1) / kWord),
         threads_(static_cast<int>(std::clamp<int64_t>(words_ / kFewestWords, 1, threads))),
         parts_(threads_ == 1 ? 1 : threads_ * kPartsOfThread),
-        counts_(parts_),
-        found_(rows + parts_ * kAtOnce) {}
+        first_(parts_ + 1) {}
 
   // False where there are more than `most`.
   bool list(int64_t user, int64_t most, AlignedVector<uint32_t>& out) {
-    std::atomic<int64_t> next{0}, allowed{0};
-    run_parallel(threads_, [&](int) {
-      for (int64_t part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts_;)
-        counts_[part] = list_part(user, begin(part), begin(part + 1), most, allowed, list_of(part));
+    first_[0] = 0;
+    each_part([&](int64_t part) {
+      int64_t count = 0;
+      for (int64_t word = begin(part); word < begin(part + 1); ++word)
+        count += __builtin_popcountll(word_of(user, word));
+      first_[part + 1] = count;
     });
-    if (allowed.load() > most) return false;
-    out.resize(allowed.load());
-    auto* to = out.data();
-    for (int64_t part = 0; part < parts_; ++part) {
-      const uint32_t* from = list_of(part);
-      to = std::copy(from, from + counts_[part], to);
-    }
+    std::partial_sum(first_.begin(), first_.end(), first_.begin());
+    if (first_[parts_] > most) return false;
+    out.resize(first_[parts_]);
+    each_part([&](int64_t part) {
+      uint32_t *to = out.data() + first_[part], *const end = out.data() + first_[part + 1];
+      for (int64_t word = begin(part); word < begin(part + 1) && to < end; ++word)
+        to = write_rows(word_of(user, word), word * kWord, to, end);
+      std::fill(to, end, uint32_t{0});  // of a mask that was changed meanwhile: any rows, but such as there are
+    });
     return true;
   }
 
  private:
   int64_t begin(int64_t part) const { return part * words_ / parts_; }
-  uint32_t* list_of(int64_t part) { return found_.data() + begin(part) * kWord + part * kAtOnce; }
 
-  // Rows of words [word, end).
-  int64_t list_part(int64_t user, int64_t word, int64_t end, int64_t most, std::atomic<int64_t>& allowed,
-                    uint32_t* list) {
-    int64_t count = 0;
-    while (word < end && allowed.load(std::memory_order_relaxed) <= most) {
-      const int64_t before = count;
-      for (const int64_t stop = std::min(end, word + kAskedAfter); word < stop; ++word)
-        count += rows_of(filter_.masked(user, word * kWord, std::min(kWord, rows_ - word * kWord)),
-                         static_cast<uint32_t>(word * kWord), list + count);
-      allowed.fetch_add(count - before, std::memory_order_relaxed);
-    }
-    return count;
+  uint64_t word_of(int64_t user, int64_t word) const {
+    return filter_.masked(user, word * kWord, std::min(kWord, rows_ - word * kWord));
   }
 
-  // Writes the rows that a word has, and up to kAtOnce - 1 more numbers; returns how many there are.
-  static int64_t rows_of(uint64_t word, uint32_t first, uint32_t* list) {
+  template <class Use>
+  void each_part(Use use) {
+    std::atomic<int64_t> next{0};
+    run_parallel(threads_, [&](int) {
+      for (int64_t part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts_;) use(part);
+    });
+  }
+
+  // The rows of a word, and up to kAtOnce - 1 more numbers where there is room, to be written over. Returns the end.
+  static uint32_t* write_rows(uint64_t word, int64_t first, uint32_t* to, uint32_t* end) {
     constexpr uint64_t kLast = uint64_t{1} << 63;  // of no word it is asked where its first bit is
-    uint64_t left = word;
+    uint32_t* const behind = to + __builtin_popcountll(word);
+    const auto row = static_cast<uint32_t>(first);
+    if (end - behind < kAtOnce) {
+      for (; word && to < end; word &= word - 1) *to++ = row + static_cast<uint32_t>(__builtin_ctzll(word));
+      return to;
+    }
     do {
-      for (int i = 0; i < kAtOnce; ++i, left &= left - 1)
-        *list++ = first + static_cast<uint32_t>(__builtin_ctzll(left | kLast));
-    } while (left);
-    return __builtin_popcountll(word);
+      for (int i = 0; i < kAtOnce; ++i, word &= word - 1)
+        *to++ = row + static_cast<uint32_t>(__builtin_ctzll(word | kLast));
+    } while (word);
+    return behind;
   }
 
   const Filter& filter_;
   const int64_t rows_, words_;
   const int threads_;
   const int64_t parts_;
-  AlignedVector<int64_t> counts_;  // [parts]
-  AlignedVector<uint32_t> found_;  // [rows], and room beside; each part fills the beginning of its own
+  AlignedVector<int64_t> first_;  // [parts + 1], of each part's rows in the list
 };
 
 }  // namespace
