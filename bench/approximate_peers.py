@@ -9,6 +9,7 @@ peer is built; one that is missing is a skip with its reason.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,9 +72,10 @@ def _faiss() -> Any:
 
 
 def _faiss_index(recipe: str, rows: Tensor) -> Any:
-    """recipe: as faiss.index_factory takes it, but for the number of lists and r."""
+    """recipe: as faiss.index_factory takes it, but for the number of lists, about 2 sqrt(N), and r."""
     faiss = _faiss()
-    recipe = recipe.format(lists=min(2048, len(rows) // 16), r=rows.shape[1])
+    lists = 1 << round(math.log2(2 * math.sqrt(len(rows))))
+    recipe = recipe.format(lists=min(lists, len(rows) // 16), r=rows.shape[1])
     index = faiss.index_factory(rows.shape[1], recipe, faiss.METRIC_INNER_PRODUCT)
     if inverted := faiss.try_extract_index_ivf(index):
         # A row goes to the list of the nearest centroid, and a query looks where its product with the centroid is
@@ -177,7 +179,7 @@ def _scann() -> Any:
 
 
 def _scann_index(rows: Tensor, **spilling: float) -> Any:
-    leaves = min(1000, len(rows) // 16)
+    leaves = min(math.isqrt(len(rows)), len(rows) // 16)
     return (
         _scann()
         .builder(rows.numpy(), 100, "dot_product")
