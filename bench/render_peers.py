@@ -22,9 +22,10 @@ its own calls keep it. IVFPQFastScan rescores up to 10 k rows a query, PQFastSca
 3000; graphs have 16 links and are made by inner product (explore_topk's by cosine), and others may do better
 (`bench/approximate_peers.py`). IVFFlat has 2,048 lists by distance (8,192 of 1e7 rows), of which at most 1,024 are
 read; by product, and not spherical, they were faster on clustered rows: (1, 8) 1.36 ms at .9966 of 1e6 rows, in an
-experiment that was not kept. ScaNN reads up to 512 of sqrt(N) leaves. *Bytes a row*: index and rows, all that a search needs. *Build*: seconds as
-they came; the graphs' (HNSW, hnswlib, explore_topk) while others used the cores as well. The figure draws the
-settings of a way that none of its others beats, and recall above .9999 at 1.
+experiment that was not kept. ScaNN reads up to 512 of sqrt(N) leaves. *Bytes a row*: index and rows, all that a
+search needs. *Build*: seconds as they came; those of graphs (HNSW, hnswlib, explore_topk) and of 1e7 rows while others
+used the cores as well. The figure draws the settings of a way that none of its others beats, and recall above .9999
+at 1.
 """
 
 
