@@ -60,6 +60,19 @@ def test_a_row_at_its_own_score_is_lost_as_seldom_as_was_said(kind, kinds):
 
 
 @pytest.mark.parametrize("kinds", PACKED, ids="+".join)
+def test_no_error_of_row_or_query_is_left_out_of_the_law(kinds):
+    """Of 8 bits both are as large: many queries, so that the standard error tells them apart."""
+    users, rows, random = 3840, 128, generator(0)
+    items, queries = torch.randn(rows, 64, generator=random), torch.randn(users, 1, 64, generator=random)
+    table, of = ItemTable(items).pack(kinds), torch.arange(users) % rows
+    exact = score_topk(queries, items, rows)
+    own = torch.empty(users, rows).scatter_(1, exact.ids, exact.scores)[torch.arange(users), of]
+    parts = (found_at(queries[part], table, own[part], of[part], 0.9) for part in torch.arange(users).split(96))
+    found = torch.cat(list(parts)).double()
+    assert found.mean() >= 0.9 - 3 * float(found.std()) / users**0.5
+
+
+@pytest.mark.parametrize("kinds", PACKED, ids="+".join)
 @pytest.mark.parametrize(("users", "count"), [(24, 1), (6, 4), (5, 9), (2, 40)])
 def test_the_share_that_is_found_is_not_below_recall(kinds, users, count):
     for kind in ("iid", "clustered", "decay"):
@@ -114,7 +127,7 @@ def test_scores_are_exact_whatever_is_lost(kinds, reduce, count):
 @pytest.mark.parametrize("kinds", PACKED, ids="+".join)
 @pytest.mark.parametrize("count", [6, 33])
 def test_the_best_query_makes_the_score_whatever_its_probable_bound(kinds, count):
-    """Queries whose scores of a row are nearly the same, the last one's the best: some bound reaches it, many do not."""
+    """Queries whose scores of a row are nearly the same, the last one's the best; many bounds do not reach it."""
     items = torch.randn(ROWS, 64, generator=generator(0))
     items[:, :count] = 1 + 1e-3 * items[:, -1:] + 1e-6 * items[:, :count]
     items[:, count - 1] += 1e-5
