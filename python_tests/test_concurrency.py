@@ -11,8 +11,8 @@ import pytest
 import torch
 from support import PACKAGE_ROOT, REDUCTIONS, assert_same_bits, by_reference, run_python
 
-from urm_kernels import score_topk
-from urm_kernels.testing import make_items, make_queries
+from urm_kernels import ItemTable, score_topk
+from urm_kernels.testing import forced, make_items, make_queries
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -39,6 +39,32 @@ def test_eight_python_threads_at_once(monkeypatch, backend):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_mask_that_is_changed_during_a_call_leads_nowhere_outside(monkeypatch):
+    """Any rows, but such as there are. The sanitizer sees what is read for them."""
+    monkeypatch.setenv("URM_NUM_THREADS", "1")
+    rows = (1 << 20) + 5  # a whole number of words of blocks, and rows behind them
+    table = ItemTable(torch.randn(rows, 8)).pack(("int4",))
+    mask = torch.zeros(rows, dtype=torch.bool)
+    mask[-5:] = True
+    changing, done = mask[: 1 << 16].numpy(), threading.Event()
+
+    def change():
+        while not done.is_set():
+            changing[:] = True
+            changing[:] = False
+
+    writer = threading.Thread(target=change)
+    writer.start()
+    try:
+        with forced("cpu", scan="bounded"):
+            for _ in range(500):
+                ids = score_topk(torch.randn(1, 8), table, 20, mask=mask).ids
+                assert (ids >= -1).all() and (ids < rows).all()
+    finally:
+        done.set()
+        writer.join()
 
 
 def test_threads_keep_their_own_denormal_mode(monkeypatch):

@@ -60,6 +60,19 @@ def test_a_row_at_its_own_score_is_lost_as_seldom_as_was_said(kind, kinds):
 
 
 @pytest.mark.parametrize("kinds", PACKED, ids="+".join)
+def test_no_error_of_row_or_query_is_left_out_of_the_law(kinds):
+    """Of 8 bits both are as large: many queries, so that the standard error tells them apart."""
+    users, rows, random = 3840, 128, generator(0)
+    items, queries = torch.randn(rows, 64, generator=random), torch.randn(users, 1, 64, generator=random)
+    table, of = ItemTable(items).pack(kinds), torch.arange(users) % rows
+    exact = score_topk(queries, items, rows)
+    own = torch.empty(users, rows).scatter_(1, exact.ids, exact.scores)[torch.arange(users), of]
+    parts = (found_at(queries[part], table, own[part], of[part], 0.9) for part in torch.arange(users).split(96))
+    found = torch.cat(list(parts)).double()
+    assert found.mean() >= 0.9 - 3 * float(found.std()) / users**0.5
+
+
+@pytest.mark.parametrize("kinds", PACKED, ids="+".join)
 @pytest.mark.parametrize(("users", "count"), [(24, 1), (6, 4), (5, 9), (2, 40)])
 def test_the_share_that_is_found_is_not_below_recall(kinds, users, count):
     for kind in ("iid", "clustered", "decay"):
@@ -111,6 +124,21 @@ def test_scores_are_exact_whatever_is_lost(kinds, reduce, count):
     assert found_share(found, type(exact)(*(part[:, :100] for part in exact))).mean() >= 0.55
 
 
+@pytest.mark.parametrize("kinds", PACKED, ids="+".join)
+@pytest.mark.parametrize("count", [6, 33])
+def test_the_best_query_makes_the_score_whatever_its_probable_bound(kinds, count):
+    """Queries whose scores of a row are nearly the same, the last one's the best; many bounds do not reach it."""
+    items = torch.randn(ROWS, 64, generator=generator(0))
+    items[:, :count] = 1 + 1e-3 * items[:, -1:] + 1e-6 * items[:, :count]
+    items[:, count - 1] += 1e-5
+    queries = torch.eye(64)[:count].expand(2, count, 64)
+    found, stats = asked(queries, ItemTable(items).pack(kinds), 100, 0.01)
+    assert not stats.proven.any()
+    exact = score_topk(queries, items, ROWS)
+    scores = torch.empty(2, ROWS).scatter_(1, exact.ids, exact.scores)
+    assert torch.equal(scores.gather(1, found.ids), found.scores)
+
+
 def test_a_user_whom_it_does_not_suit_is_answered_exactly():
     """NaN, infinite and no queries; a mask that leaves too few rows for a guess."""
     items, queries = data("decay", 6, 2)
@@ -123,6 +151,26 @@ def test_a_user_whom_it_does_not_suit_is_answered_exactly():
     assert stats.proven.tolist() == [False, True, True, True, True, False]
     exact = score_topk(queries, items, K, query_mask=exists, mask=mask)
     assert_same_bits(*(type(exact)(*(part[1:5] for part in result)) for result in (found, exact)))
+
+
+def test_more_users_than_one_scan_takes():
+    items, queries = data("iid", plan.GROUP + 44, 1, 16, 700)
+    queries[[3, plan.GROUP + 34], 0, 5] = NAN
+    _, stats = asked(queries, ItemTable(items).pack(("int4",)), K, 0.5)
+    assert stats.proven.nonzero().flatten().tolist() == [3, plan.GROUP + 34]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_threshold_next_to_infinity_is_met_by_certain_bounds(sign):
+    """Scores that overflow to it, and those next to them: no limit follows, and the result is proven."""
+    items, queries = data("iid", 8, 6)
+    items, queries = items * 2.0**51, queries * 2.0**51
+    bias = torch.full((ROWS,), sign * torch.finfo(torch.float32).max)
+    exact = score_topk(queries, items, K, bias=bias)
+    for kinds in PACKED:
+        found, stats = asked(queries, ItemTable(items, bias=bias).pack(kinds), K, 0.01)
+        assert stats.proven.all()
+        assert_same_bits(found, exact)
 
 
 def test_a_threshold_that_is_refuted_is_made_good():

@@ -42,7 +42,8 @@ class Lister {
       uint32_t *to = out.data() + first_[part], *const end = out.data() + first_[part + 1];
       for (int64_t word = begin(part); word < begin(part + 1) && to < end; ++word)
         to = write_rows(word_of(user, word), word * kWord, to, end);
-      std::fill(to, end, uint32_t{0});  // of a mask that was changed meanwhile: any rows, but such as there are
+      // Of a mask that was changed meanwhile: any rows, but such as there are, and still ascending.
+      std::fill(to, end, to == out.data() + first_[part] ? static_cast<uint32_t>(begin(part) * kWord) : to[-1]);
     });
     return true;
   }

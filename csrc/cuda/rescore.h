@@ -104,7 +104,9 @@ __device__ inline uint32_t queries_that_reach(const ScanCall& call, int64_t user
     }
     return __ballot_sync(kAllLanes, there && !(bound + bias < call.limits.threshold[user]));
   };
-  const float slack = count <= kWarp ? call.queries.row_slack() : 1.0f;
+  // Where the scan's limit rules out nothing, neither does chance.
+  const bool likely = count <= kWarp && call.limits.limit[user] > -infinity();
+  const float slack = likely ? call.queries.row_slack() : 1.0f;
   return slack < 1.0f && !that_reach(slack) ? 0u : that_reach(1.0f);
 }
 
