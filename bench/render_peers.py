@@ -20,7 +20,7 @@ asked for, except for `recall=.99` (2-bit codes). Every way has {threads} thread
 Ways take turns, in each of which a way answers all batches one after another, so that its index is as warm as
 its own calls keep it. IVFPQFastScan rescores up to 10 k rows a query, PQFastScan up to 64 k, ScaNN up to
 3000; graphs have 16 links and are made by inner product (explore_topk's by cosine), and others may do better
-(`bench/approximate_peers.py`). IVFFlat has 2,048 lists by distance (8,192 of 1e7 rows), of which at most 1,024 are
+(`bench/approximate_peers.py`). IVFFlat has 2,048 lists by distance (4,096 of 1e7 rows), of which at most 1,024 are
 read; by product, and not spherical, they were faster on clustered rows: (1, 8) 1.36 ms at .9966 of 1e6 rows, in an
 experiment that was not kept. ScaNN reads up to 512 of sqrt(N) leaves. *Bytes a row*: index and rows, all that a
 search needs. *Build*: seconds as they came; those of graphs (HNSW, hnswlib, explore_topk) and of 1e7 rows while others
@@ -39,7 +39,9 @@ def recall(record: dict[str, Any], name: str) -> tuple[str, Figures]:
     ]
     panels = []
     for found in tables:
-        text.append(f"### {found['data']}, N = {found['N']:,}, r = {found['r']}, k = {found['k']}\n")
+        commit = found["machine"]["commit"]
+        later = "" if commit == about["commit"] else f", commit {commit}"
+        text.append(f"### {found['data']}, N = {found['N']:,}, r = {found['r']}, k = {found['k']}{later}\n")
         text.append(_table(found))
         text += [f"{peer} is left out: {reason}.\n" for peer, reason in found["left_out"].items()]
         panels += [_panel(cell, found) for cell in found["cells"] if cell["M"] > 1]

@@ -57,8 +57,8 @@ def make_plan(users: int, places: int, rows: int, r: int, k: int, cells: int = 0
     """Of the k best rows a sample of S holds k S / N on average. The rank is four standard deviations above that, plus
     four for small counts: about one user in 100,000 needs the second way. Lists have room for twice the rows that this
     rank lets through. Maxima, 16 times as many as the rank, lose hardly any of the best sampled rows to each other.
-    Of `cells`, if any, a scan keeps bounds. Of rows that reach the guess a share of `recall` is found, or of half:
-    a probable bound is below its score in one case of two at most.
+    Of `cells`, if any, a scan keeps bounds. Of rows that reach the guess a share of `recall` is found, or of 7/16: the
+    bounds of a scan are below the score in one case of two at most, and those of fine codes in one of eight.
     """
     group = max(1, min(users, GROUP, GROUP_ELEMENTS // (places * max(r, 1)), BOUND_BYTES // (4 * max(cells, 1))))
     if rows <= max(DENSE_ROWS, 4 * k):
@@ -66,7 +66,7 @@ def make_plan(users: int, places: int, rows: int, r: int, k: int, cells: int = 0
     wanted = min(max(SAMPLED_DOTS // (group * places), FEWEST_SAMPLED), MOST_SAMPLED)
     step = max(-(-rows // wanted), 1)
     sample = -(-rows // step)
-    share = k * sample / rows / max(recall, 0.5)
+    share = k * sample / rows / max(recall, 7 / 16)
     rank = min(math.ceil(share + 4 * math.sqrt(share) + 4), sample)
     turns = max(1, min(MOST_TURNS, sample // (16 * rank)))
     slots = -(-sample // turns)
