@@ -21,7 +21,7 @@ cp "$build"/_cpu*.so "$build/package/urm_kernels/"
 
 left_out=reference
 files="bits values shapes gradients concurrency bounds candidates explore partition partition_gradients table_updates update_log"
-files="$files codes code_attacks packed packed_changes blocks blocks_changes recall"
+files="$files codes code_attacks packed packed_changes blocks blocks_changes recall allowed_rows"
 marked="not slow"
 case $kind in
 address)

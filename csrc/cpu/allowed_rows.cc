@@ -14,8 +14,7 @@ constexpr int64_t kFewestWords = 1024;  // for which a thread is woken
 constexpr int64_t kPartsOfThread = 8;
 constexpr int64_t kAtOnce = 4;  // rows written, however few a word has: their number cannot be foreseen
 
-// Lists one mask after another. Counts first, so that a list has the memory it needs and no more: fresh memory takes
-// longer than reading a mask twice.
+// Lists one mask after another. Counts first, so that a list has the memory it needs and no more.
 class Lister {
  public:
   Lister(const Filter& filter, int64_t rows, int threads)

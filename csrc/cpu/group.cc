@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kGroupQueries = 512;       // packed queries of a group stay in the second-level cache
 constexpr int64_t kWorkPerThread = 1 << 22;  // multiply-adds that pay for waking a thread, about 0.2 ms
 constexpr int64_t kChunkRows = 1 << 12;      // rows handed out at a time, at least
-constexpr int64_t kMostChunkRows = 1 << 14;  // beginning one costs as much as 200 rows of codes
+constexpr int64_t kMostChunkRows = 1 << 14;  // beginning one takes a microsecond or two
 constexpr int64_t kChunksOfThread = 64;      // fewer are worse to share
 constexpr int64_t kQueriesOfStream = 4;      // whose dots take as long as reading a row behind another
 constexpr int64_t kQueriesOfRead = 16;       // and as reading one that lies by itself
